@@ -1,0 +1,1 @@
+"""HTTP on the endpoint's port: health, metrics and status webhooks."""
