@@ -1,0 +1,410 @@
+"""Processors: the contract, the easy way in, and the guard that keeps one from hurting the call.
+
+A processor is one object per stream. Frames reach it by a plain call on the event loop; everything it does wrong
+(raising, hanging, being slow) retires it from that one stream and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import inspect
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import structlog
+
+from streamsink.audio import Frame, Track
+from streamsink.codec import Resampler
+
+if TYPE_CHECKING:
+    from streamsink.status import StatusEvent
+    from streamsink.stream import Stream
+
+log = structlog.get_logger(__name__)
+
+HOOK_TIMEOUT = 10.0
+"""Seconds ``on_start`` and ``on_stop`` may take."""
+SLOW_CALL = 0.005
+"""Seconds; an ``on_frame`` call above this is too slow for the event loop."""
+SLOW_CALLS = 5
+"""Slow calls after which a processor is retired."""
+
+
+class MarkOutcome(enum.Enum):
+    """What became of a mark."""
+
+    PLAYED = "played"
+    CLEARED = "cleared"
+    UNCONFIRMED = "unconfirmed"
+    """Its echo never came."""
+
+
+class Processor:
+    """What a user writes: override what you need. One instance serves one stream.
+
+    Keyword arguments of ``__init__`` are the processor's options; their annotations convert what a SPEC says.
+
+    Attributes:
+        sample_rate: Ask for a rate in Hz and get it; None takes audio as it comes.
+        speaks: Whether the processor may send audio back.
+    """
+
+    sample_rate: int | None = None
+    speaks: bool = True
+
+    async def on_start(self, stream: Stream) -> None:
+        """The stream begins. What arrives meanwhile is held (10 s at most) and then delivered in order."""
+
+    def on_frame(self, frame: Frame) -> None:
+        """Audio arrived. On the event loop: return in well under a millisecond."""
+
+    def on_played(self, frame: Frame) -> None:
+        """The far end has certainly heard this of ours (``Track.OUTBOUND``), placed on the inbound media clock."""
+
+    def on_dtmf(self, digit: str, duration_ms: int) -> None:
+        """A participant pressed a digit (``0-9 * # A-D``)."""
+
+    def on_mark(self, name: str, outcome: MarkOutcome) -> None:
+        """A mark of ours was played or cleared, or the stream ended before its echo came."""
+
+    def on_status(self, event: StatusEvent) -> None:
+        """A status webhook about this stream arrived."""
+
+    async def on_stop(self, reason: str) -> None:
+        """The stream ended: ``stop``, ``closed``, ``lost``, ``policy``, ``shutdown`` or ``error``. Runs once, last."""
+
+
+class Frames:
+    """The frames of one stream as an async iterator; ends when the stream does.
+
+    The queue is bounded: a reader that falls behind loses the oldest frames, and ``dropped`` counts them.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._queue: deque[Frame] = deque()
+        self._limit = limit
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+        self.dropped = 0
+
+    def __aiter__(self) -> AsyncIterator[Frame]:
+        return self
+
+    async def __anext__(self) -> Frame:
+        while not self._queue:
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._queue.popleft()
+
+    def put(self, frame: Frame) -> None:
+        """Add a frame, dropping the oldest when full."""
+        if len(self._queue) >= self._limit:
+            self._queue.popleft()
+            self.dropped += 1
+        self._queue.append(frame)
+        self._wake()
+
+    def end(self) -> None:
+        """Let the reader finish what is queued, then stop."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class FunctionProcessor(Processor):
+    """A processor made of an async function; :func:`processor` builds subclasses of it."""
+
+    function: ClassVar[Callable[..., Awaitable[None]]]
+    queue_frames: ClassVar[int] = 250
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._frames = Frames(self.queue_frames)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def dropped(self) -> int:
+        """Frames the function was too slow to read."""
+        return self._frames.dropped
+
+    async def on_start(self, stream: Stream) -> None:
+        """Start the function."""
+        self._task = asyncio.ensure_future(self._run(stream))
+
+    async def _run(self, stream: Stream) -> None:
+        await type(self).function(stream, self._frames, **self._options)
+
+    def on_frame(self, frame: Frame) -> None:
+        """Queue the frame; what the function raised surfaces here, so that the guard sees it."""
+        assert self._task is not None
+        if self._task.done():
+            self._task.result()
+        else:
+            self._frames.put(frame)
+
+    async def on_stop(self, reason: str) -> None:
+        """End the iterator and wait for the function to return; one that does not is cancelled by the timeout."""
+        self._frames.end()
+        assert self._task is not None
+        await self._task
+
+
+def processor(
+    *, sample_rate: int | None = None, speaks: bool = True, queue_frames: int = 250
+) -> Callable[[Callable[..., Awaitable[None]]], type[FunctionProcessor]]:
+    """Make a processor of ``async def f(stream, frames, *, option=…)``.
+
+    Args:
+        sample_rate: Hz wanted; None takes audio as it comes.
+        speaks: Whether it may send audio back.
+        queue_frames: Frames held for a function that falls behind; beyond that the oldest are dropped and counted.
+
+    Raises:
+        TypeError: The function is not ``async def`` or does not take ``(stream, frames)``.
+    """
+
+    def decorate(function: Callable[..., Awaitable[None]]) -> type[FunctionProcessor]:
+        parameters = list(inspect.signature(function).parameters.values())
+        if not inspect.iscoroutinefunction(function) or len(parameters) < 2:
+            raise TypeError(f"@processor wants `async def f(stream, frames)`, got {function!r}")
+        options = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters[2:]]
+        members = {
+            "__doc__": function.__doc__,
+            "__module__": function.__module__,
+            # What reads a processor's options reads the function's.
+            "__signature__": inspect.Signature(options),
+            "function": staticmethod(function),
+            "sample_rate": sample_rate,
+            "speaks": speaks,
+            "queue_frames": queue_frames,
+        }
+        return type(function.__name__, (FunctionProcessor,), members)
+
+    return decorate
+
+
+class Tally(Protocol):
+    """Where a chain counts what its processors do wrong."""
+
+    def processor_error(self, name: str) -> None:
+        """A processor was retired."""
+
+    def processor_dropped(self, name: str, frames: int) -> None:
+        """A processor was too slow for this many frames."""
+
+
+class _Guard:
+    """One processor on one stream: holds what comes before it is ready, and retires it when it fails."""
+
+    __slots__ = (
+        "alive",
+        "clock",
+        "held",
+        "log",
+        "name",
+        "on_frame",
+        "processor",
+        "slow",
+        "started",
+        "stopping",
+        "tally",
+    )
+
+    def __init__(self, name: str, processor: Processor, tally: Tally, clock: Callable[[], float]) -> None:
+        self.name = name
+        self.processor = processor
+        self.on_frame = processor.on_frame
+        self.tally = tally
+        self.clock = clock
+        # What arrived during on_start; None once it is over.
+        self.held: deque[Callable[[], None]] | None = deque()
+        self.alive = True
+        self.slow = 0
+        self.started: asyncio.Task[None] | None = None
+        self.stopping: asyncio.Task[None] | None = None
+        self.log = log
+
+    async def start(self, stream: Stream) -> None:
+        self.log = log.bind(stream=stream.sid, call=stream.call_sid, processor=self.name)
+        if not await self._run("on_start", self.processor.on_start(stream)):
+            return
+        held, self.held = self.held, None
+        for call in held or ():
+            call()
+
+    def frame(self, frame: Frame) -> None:
+        if self.held is not None:
+            self.held.append(lambda: self.frame(frame))
+            return
+        if not self.alive:
+            return
+        before = self.clock()
+        try:
+            self.on_frame(frame)
+        except Exception as error:
+            self._retire("on_frame", error)
+            return
+        if self.clock() - before > SLOW_CALL:
+            self.slow += 1
+            if self.slow >= SLOW_CALLS:
+                self._retire("on_frame", f"took longer than {SLOW_CALL * 1000:g} ms {SLOW_CALLS} times")
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Call any other hook that is a plain function."""
+        if self.held is not None:
+            self.held.append(lambda: self.call(hook, *args))
+        elif self.alive:
+            try:
+                getattr(self.processor, hook)(*args)
+            except Exception as error:
+                self._retire(hook, error)
+
+    async def stop(self, reason: str) -> None:
+        if self.started is not None:
+            await self.started
+        if self.alive:
+            self.alive = False
+            await self._on_stop(reason)
+        elif self.stopping is not None:
+            await self.stopping
+
+    async def _run(self, hook: str, coroutine: Awaitable[None]) -> bool:
+        """Await an async hook for as long as it may take; a failure retires the processor."""
+        deadline = asyncio.timeout(HOOK_TIMEOUT)
+        try:
+            async with deadline:
+                await coroutine
+        except Exception as error:
+            if deadline.expired():
+                self._retire(hook, f"took longer than {HOOK_TIMEOUT:g} s")
+            else:
+                self._retire(hook, error)
+            return False
+        return True
+
+    async def _on_stop(self, reason: str) -> None:
+        await self._run("on_stop", self.processor.on_stop(reason))
+        if dropped := getattr(self.processor, "dropped", 0):
+            self.tally.processor_dropped(self.name, dropped)
+
+    def _retire(self, hook: str, cause: Exception | str) -> None:
+        """Take the processor off this stream; one that had started gets its on_stop, so that it can let go of things."""
+        self.tally.processor_error(self.name)
+        if isinstance(cause, str):
+            self.log.error("processor retired", hook=hook, cause=cause)
+        else:
+            self.log.error("processor retired", hook=hook, exc_info=cause)
+        was_alive, self.alive, self.held = self.alive, False, None
+        if was_alive and hook != "on_start":
+            self.stopping = asyncio.ensure_future(self._on_stop("error"))
+
+
+class Chain:
+    """All processors of one stream.
+
+    Processors that ask for the same sample rate share one resampler a track.
+
+    Args:
+        processors: Name and instance of each, in order.
+        tally: Where failures are counted.
+        clock: Seconds, monotonic; times the calls.
+    """
+
+    def __init__(
+        self,
+        processors: Iterable[tuple[str, Processor]],
+        tally: Tally,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._guards = [_Guard(name, processor, tally, clock) for name, processor in processors]
+        self._as_it_comes = [g for g in self._guards if g.processor.sample_rate is None]
+        self._by_rate: dict[int, list[_Guard]] = {}
+        for guard in self._guards:
+            if guard.processor.sample_rate is not None:
+                self._by_rate.setdefault(guard.processor.sample_rate, []).append(guard)
+        self._taps: dict[tuple[Track, int], _Tap] = {}
+        self.wants_played = any(type(g.processor).on_played is not Processor.on_played for g in self._guards)
+
+    @property
+    def names(self) -> list[str]:
+        """The processors' names, in order."""
+        return [guard.name for guard in self._guards]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether any of them may send audio."""
+        return any(guard.processor.speaks for guard in self._guards)
+
+    def start(self, stream: Stream) -> None:
+        """Begin every processor's on_start."""
+        for guard in self._guards:
+            guard.started = asyncio.ensure_future(guard.start(stream))
+
+    def frame(self, frame: Frame) -> None:
+        """Hand a frame to every processor, each at the rate it asked for."""
+        for guard in self._as_it_comes:
+            guard.frame(frame)
+        for rate, guards in self._by_rate.items():
+            at_rate = frame if rate == frame.sample_rate else self._tap(frame, rate)
+            if at_rate is not None:
+                for guard in guards:
+                    guard.frame(at_rate)
+
+    def _tap(self, frame: Frame, rate: int) -> Frame | None:
+        key = (frame.track, rate)
+        tap = self._taps.get(key)
+        if tap is None:
+            tap = self._taps[key] = _Tap(frame.sample_rate, rate)
+        return tap.push(frame)
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Call a plain hook of every processor."""
+        for guard in self._guards:
+            guard.call(hook, *args)
+
+    async def stop(self, reason: str) -> None:
+        """Run every processor's on_stop, once each, after its on_start is over."""
+        await asyncio.gather(*(guard.stop(reason) for guard in self._guards))
+
+
+class _Tap:
+    """One track at one more rate: the resampler and where its output stands on the media clock."""
+
+    __slots__ = ("position", "rate_in", "rate_out", "resampler")
+
+    def __init__(self, rate_in: int, rate_out: int) -> None:
+        self.rate_in = rate_in
+        self.rate_out = rate_out
+        self.resampler = Resampler(rate_in, rate_out)
+        # Of the next output sample, at rate_out; None before the first frame.
+        self.position: int | None = None
+
+    def push(self, frame: Frame) -> Frame | None:
+        if self.position is None:
+            # A loss before the first frame needs no silence: the clock starts behind it.
+            self.position = frame.start * self.rate_out // self.rate_in
+            lost = frame.lost * self.rate_out // self.rate_in
+        else:
+            lost = 0
+            if frame.lost:
+                # Zeros keep the filter and the clock in step; what comes out of them is the gap. A whole second in is
+                # a whole second out, and beyond the first no filter remembers anything: those are only counted.
+                seconds = max(0, frame.lost // self.rate_in - 1)
+                zeros = np.zeros(frame.lost - seconds * self.rate_in, np.int16)
+                lost = seconds * self.rate_out + len(self.resampler.push(zeros))
+                self.position += lost
+        samples = self.resampler.push(frame.samples)
+        if not len(samples):
+            return None
+        start = self.position
+        self.position += len(samples)
+        return Frame(samples, self.rate_out, frame.track, start, lost, frame.sequence)
