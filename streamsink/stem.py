@@ -1,0 +1,68 @@
+"""Names of the files about one stream: made safe, and reserved on disk so that no two streams share one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+LONGEST_NAME = 80
+"""Bytes of a name that are kept."""
+
+AUDIO_ENDINGS = ("wav", "flac", "ogg", "opus", "mp3")
+"""Endings a recording may have; ``.part`` comes behind them while it is live."""
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+
+
+def safe(name: str) -> str:
+    """Make a part of a file name from any text: ``A-Z a-z 0-9 . _ -``, 1 to 80 bytes, not beginning with a dot."""
+    return _UNSAFE.sub("_", name).lstrip(".")[:LONGEST_NAME] or "_"
+
+
+def reserve(directory: Path, started_at: datetime, name: str) -> str:
+    """Find a stem nobody uses and reserve it by making ``<stem>.json.part``, empty, 0600.
+
+    Any number of processes may do so in one folder at once.
+
+    Args:
+        directory: Made, 0700, where it is missing.
+        started_at: When the stream started; aware of its zone.
+        name: The stream's name, in its sender's words.
+
+    Returns:
+        ``<UTC start as 20261120T204218Z>_<name made safe>``, with ``_2``, ``_3`` … behind it when taken.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    first = f"{started_at.astimezone(UTC):%Y%m%dT%H%M%SZ}_{safe(name)}"
+    for stem in _candidates(first):
+        reservation = directory / f"{stem}.json.part"
+        try:
+            os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            continue
+        # A finished recording's .json.part is gone, its .json is there: so look only once the reservation stands.
+        if not any(path.exists() for path in _files(directory, stem)):
+            return stem
+        reservation.unlink()
+    raise AssertionError("unreachable: the candidates are endless")
+
+
+def _candidates(first: str) -> Iterator[str]:
+    yield first
+    number = 2
+    while True:
+        yield f"{first}_{number}"
+        number += 1
+
+
+def _files(directory: Path, stem: str) -> Iterator[Path]:
+    yield directory / f"{stem}.json"
+    for ending in AUDIO_ENDINGS:
+        yield directory / f"{stem}.{ending}"
+        yield directory / f"{stem}.{ending}.part"
