@@ -5,6 +5,7 @@
     ├── CodecError                  1008  a codec, or audio handed to one, that cannot be used
     ├── ProcessorError              a processor that cannot be found or built
     ├── StreamClosed                the stream ended while it was being used
+    ├── TalkBackOff                 the pipeline does not let its processors speak
     └── ProtocolError               1008  the peer broke the protocol: its stream ends
         ├── BadMessage              1008  one message is unusable: dropped and counted
         ├── BinaryMessage           1003
@@ -39,6 +40,10 @@ class ProcessorError(StreamsinkError):
 
 class StreamClosed(StreamsinkError):
     """The stream has ended; nothing more can be sent on it."""
+
+
+class TalkBackOff(StreamsinkError):
+    """The pipeline has ``talk_back = false``: nothing may be sent on its streams."""
 
 
 class ProtocolError(StreamsinkError):

@@ -297,7 +297,7 @@ class _Guard:
             self.tally.processor_dropped(self.name, dropped)
 
     def _retire(self, hook: str, cause: Exception | str) -> None:
-        """Take the processor off this stream; one that had started gets its on_stop, so that it can let go of things."""
+        """Take the processor off this stream; one that had started gets its on_stop, to let go of what it holds."""
         self.tally.processor_error(self.name)
         if isinstance(cause, str):
             self.log.error("processor retired", hook=hook, cause=cause)
@@ -331,7 +331,7 @@ class Chain:
         for guard in self._guards:
             if guard.processor.sample_rate is not None:
                 self._by_rate.setdefault(guard.processor.sample_rate, []).append(guard)
-        self._taps: dict[tuple[Track, int], _Tap] = {}
+        self._taps: dict[tuple[str, Track, int], _Tap] = {}
         self.wants_played = any(type(g.processor).on_played is not Processor.on_played for g in self._guards)
 
     @property
@@ -350,20 +350,32 @@ class Chain:
             guard.started = asyncio.ensure_future(guard.start(stream))
 
     def frame(self, frame: Frame) -> None:
-        """Hand a frame to every processor, each at the rate it asked for."""
+        """Hand an incoming frame to every processor, each at the rate it asked for."""
         for guard in self._as_it_comes:
             guard.frame(frame)
         for rate, guards in self._by_rate.items():
-            at_rate = frame if rate == frame.sample_rate else self._tap(frame, rate)
+            at_rate = self._at_rate(frame, rate, "on_frame")
             if at_rate is not None:
                 for guard in guards:
                     guard.frame(at_rate)
 
-    def _tap(self, frame: Frame, rate: int) -> Frame | None:
-        key = (frame.track, rate)
+    def played(self, frame: Frame) -> None:
+        """Hand what the far end heard of ours to every processor, each at the rate it asked for."""
+        for guard in self._as_it_comes:
+            guard.call("on_played", frame)
+        for rate, guards in self._by_rate.items():
+            at_rate = self._at_rate(frame, rate, "on_played")
+            if at_rate is not None:
+                for guard in guards:
+                    guard.call("on_played", at_rate)
+
+    def _at_rate(self, frame: Frame, rate: int, hook: str) -> Frame | None:
+        if rate == frame.sample_rate:
+            return frame
+        key = (hook, frame.track, rate)
         tap = self._taps.get(key)
         if tap is None:
-            tap = self._taps[key] = _Tap(frame.sample_rate, rate)
+            tap = self._taps[key] = _Tap(frame, rate)
         return tap.push(frame)
 
     def call(self, hook: str, *args: Any) -> None:
@@ -379,32 +391,34 @@ class Chain:
 class _Tap:
     """One track at one more rate: the resampler and where its output stands on the media clock."""
 
-    __slots__ = ("position", "rate_in", "rate_out", "resampler")
+    __slots__ = ("expected", "position", "rate_in", "rate_out", "resampler")
 
-    def __init__(self, rate_in: int, rate_out: int) -> None:
-        self.rate_in = rate_in
+    def __init__(self, first: Frame, rate_out: int) -> None:
+        self.rate_in = first.sample_rate
         self.rate_out = rate_out
-        self.resampler = Resampler(rate_in, rate_out)
-        # Of the next output sample, at rate_out; None before the first frame.
-        self.position: int | None = None
+        self.resampler = Resampler(self.rate_in, rate_out)
+        # Of the next input sample at rate_in, and of the next output sample at rate_out.
+        self.expected = first.start
+        self.position = first.start * rate_out // self.rate_in
 
     def push(self, frame: Frame) -> Frame | None:
-        if self.position is None:
-            # A loss before the first frame needs no silence: the clock starts behind it.
-            self.position = frame.start * self.rate_out // self.rate_in
-            lost = frame.lost * self.rate_out // self.rate_in
-        else:
-            lost = 0
-            if frame.lost:
-                # Zeros keep the filter and the clock in step; what comes out of them is the gap. A whole second in is
-                # a whole second out, and beyond the first no filter remembers anything: those are only counted.
-                seconds = max(0, frame.lost // self.rate_in - 1)
-                zeros = np.zeros(frame.lost - seconds * self.rate_in, np.int16)
-                lost = seconds * self.rate_out + len(self.resampler.push(zeros))
-                self.position += lost
+        gap = frame.start - self.expected
+        silence = self._silence(gap) if gap > 0 else 0
+        self.expected = frame.start + len(frame.samples)
         samples = self.resampler.push(frame.samples)
-        if not len(samples):
-            return None
         start = self.position
         self.position += len(samples)
-        return Frame(samples, self.rate_out, frame.track, start, lost, frame.sequence)
+        if not len(samples):
+            return None
+        return Frame(samples, self.rate_out, frame.track, start, silence if frame.lost else 0, frame.sequence)
+
+    def _silence(self, gap: int) -> int:
+        """Feed zeros for what is missing: they keep filter and clock in step; what comes out of them is the gap.
+
+        A whole second in is a whole second out, and no filter remembers more: further seconds are only counted.
+        """
+        seconds = max(0, gap // self.rate_in - 1)
+        zeros = np.zeros(gap - seconds * self.rate_in, np.int16)
+        silence = seconds * self.rate_out + len(self.resampler.push(zeros))
+        self.position += silence
+        return silence

@@ -17,6 +17,9 @@ import msgspec
 
 from streamsink.errors import BadMessage
 
+DIGITS = frozenset("0123456789*#ABCD")
+"""The digits of DTMF."""
+
 _LARGEST = 2**53
 """Counters beyond what every JSON implementation holds exactly are no counters."""
 

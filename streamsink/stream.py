@@ -1,0 +1,178 @@
+"""What a processor sees of its stream: who it is, and the way to talk back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from streamsink.audio import Samples, Track
+from streamsink.codec import CodecSpec
+from streamsink.errors import StreamClosed, TalkBackOff
+from streamsink.playback import Playback, Playout
+from streamsink.stem import reserve
+from streamsink.wire import DIGITS
+
+
+class Control(Protocol):
+    """What a stream needs of the session that owns it."""
+
+    def send_dtmf(self, digit: str) -> None:
+        """Send one digit."""
+
+    def clear(self) -> None:
+        """Drop all audio queued here and at the far end."""
+
+    def hang_up(self, reason: str) -> None:
+        """End the stream with close code 1000."""
+
+
+class Stream:
+    """One stream of a call. For the event loop only, but for :meth:`from_thread`.
+
+    Attributes:
+        sid: The stream's identifier, unique among live streams.
+        call_sid: The call's identifier, None where the platform sent none.
+        account_sid: The account's identifier, likewise.
+        name: The friendly name the caller gave the stream, likewise.
+        codec: What the payloads are encoded in, both ways.
+        tracks: The tracks the platform announced.
+        custom_parameters: As given by whoever asked for the stream. Values never belong in a log.
+        path: The path of the URL the platform opened.
+        started_at: When the start message came, UTC.
+        processors: Names of the processors on this stream.
+        recordings: The folder files about this stream go to.
+        close_code: WebSocket close code, once the stream has ended; None when the connection was lost without one.
+        close_reason: The words that came with it.
+    """
+
+    def __init__(
+        self,
+        *,
+        sid: str,
+        call_sid: str | None,
+        account_sid: str | None,
+        name: str | None,
+        codec: CodecSpec,
+        tracks: tuple[Track, ...],
+        custom_parameters: dict[str, Any],
+        path: str,
+        started_at: datetime,
+        recordings: Path,
+        processors: list[str],
+        playback: Playback,
+        talk_back: bool,
+        control: Control,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.sid = sid
+        self.call_sid = call_sid
+        self.account_sid = account_sid
+        self.name = name
+        self.codec = codec
+        self.tracks = tracks
+        self.custom_parameters = custom_parameters
+        self.path = path
+        self.started_at = started_at
+        self.recordings = recordings
+        self.processors = processors
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self._playback = playback
+        self._talk_back = talk_back
+        self._control = control
+        self._loop = loop
+        self._stem: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name, without an ending, of all files about this stream; reserved on disk when first asked for.
+
+        Raises:
+            OSError: The recordings folder cannot be written.
+        """
+        if self._stem is None:
+            self._stem = reserve(self.recordings, self.started_at, self.name or self.sid)
+        return self._stem
+
+    def play(self, samples: Samples, sample_rate: int) -> Playout:
+        """Queue audio for the call; never blocks.
+
+        All processors of a stream share one queue, played in order.
+
+        Args:
+            samples: Mono PCM, shape ``(n,)``, int16. Must not change until the playout ends.
+            sample_rate: Hz, 8000 to 192000; resampled to the stream's own.
+
+        Returns:
+            A :class:`Playout`: await it to learn how much was heard, ``cancel()`` it to take it back.
+
+        Raises:
+            CodecError: The array or the rate cannot be used.
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        self._check_talk_back()
+        return self._playback.play(samples, sample_rate)
+
+    def mark(self, name: str) -> None:
+        """Queue a mark behind the audio queued so far; ``on_mark`` tells when it was played or cleared.
+
+        Raises:
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        self._check_talk_back()
+        self._playback.mark(name)
+
+    def clear(self) -> None:
+        """Drop all audio queued here and at the far end; pending marks become CLEARED.
+
+        Raises:
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        self._check_talk_back()
+        self._control.clear()
+
+    def send_dtmf(self, digits: str) -> None:
+        """Send DTMF digits.
+
+        Args:
+            digits: Any of ``0-9 * # A-D``.
+
+        Raises:
+            ValueError: There is another character among them.
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        self._check_talk_back()
+        if not digits or not DIGITS.issuperset(digits):
+            raise ValueError("send_dtmf() takes one or more of 0-9 * # A-D")
+        for digit in digits:
+            self._control.send_dtmf(digit)
+
+    async def close(self, reason: str = "") -> None:
+        """End the stream with close code 1000; its processors' ``on_stop`` follows.
+
+        Args:
+            reason: Goes to the peer and the log; at most 123 bytes of it.
+        """
+        self._control.hang_up(reason)
+
+    def from_thread(self, call: Callable[[], object]) -> None:
+        """Run ``call`` on the event loop soon. The one method that may be used from another thread.
+
+        Raises:
+            StreamClosed: The event loop has ended.
+        """
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            raise StreamClosed("the endpoint has ended: nothing more can be done on this stream") from None
+
+    def _check_talk_back(self) -> None:
+        if not self._talk_back:
+            raise TalkBackOff("this stream's pipeline has talk_back = false: take that line out to let it speak")
