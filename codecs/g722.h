@@ -8,21 +8,24 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* One band's adaptive predictor and quantizer scale: the variables of the Recommendation's table 9, without their L or H. */
-typedef struct {
-    int16_t b[8];    /* B1..B6, zero predictor coefficients; lanes 6 and 7 are idle */
-    int16_t d[8];    /* D1..D6, the quantized difference signal, newest first; lanes 6 and 7 are idle */
-    int16_t a1, a2;  /* pole predictor coefficients */
-    int16_t p1, p2;  /* partially reconstructed signal */
-    int16_t r1;      /* reconstructed signal */
-    int16_t s, sz;   /* predicted value, and the zero predictor's share of it */
-    int16_t nb, det; /* logarithmic and linear scale factor of the quantizer */
-} g722_band;
-
 #define G722_QMF_HISTORY 22 /* of the quadrature mirror filter's 24 taps, those that lie before the newest pair */
 
+/* The variables of the Recommendation's table 9 for both bands at once: a lower band's value in an even lane, the upper
+ * band's of the same name in the odd lane after it. In arrays of two pairs or more the newest comes first. */
 typedef struct {
-    g722_band low, high;
+    int16_t d14[8], d56[8]; /* D1..D4 and D5, D6, the quantized difference signal */
+    int16_t b14[8], b56[8]; /* B1..B4 and B5, B6, the zero predictor's coefficients */
+    int16_t a[8];           /* A1, A2, the pole predictor's coefficients */
+    int16_t r[8];           /* R1, R2, the reconstructed signal */
+    int16_t p[8];           /* P1, P2, the partially reconstructed signal */
+    int16_t s[8];           /* S, the predicted value */
+    int16_t sz[8];          /* SZ, the zero predictor's share of it */
+} g722_predictor;
+
+typedef struct {
+    g722_predictor predictor;
+    int16_t nbl, nbh;   /* logarithmic scale factors of the quantizers */
+    int16_t detl, deth; /* and the same linear */
     int16_t history[G722_QMF_HISTORY];
     int16_t odd;    /* encoder: the sample that waits for its partner */
     uint8_t is_odd; /* encoder: whether one waits */

@@ -186,7 +186,9 @@ class CodecSpec(msgspec.Struct, frozen=True):
         return cls(name, _checked_rate(name, sample_rate, where))
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.rate}h@{self.ptime}i"
+        # G.722 is written without a rate: platforms differ on whether it is 8000h or 16000h.
+        rate = "" if self.name == "G722" else f"@{self.rate}h"
+        return f"{self.name}{rate}@{self.ptime}i"
 
     def with_ptime(self, ptime: int) -> CodecSpec:
         """The same codec with another packet time in milliseconds.
