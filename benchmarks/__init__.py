@@ -1,0 +1,1 @@
+"""What streamsink costs, measured: ``python -m benchmarks``."""

@@ -1,0 +1,145 @@
+"""Every benchmark runs, small, and what it reports is what happened. No duration is asserted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as report
+from benchmarks import bench_endpoint
+from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
+from benchmarks.load import Step, cpu_seconds, masked_frame, media_text, resident_bytes
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the benchmarks read Linux's /proc")
+
+
+def a_step(streams: int, p99_ms: float = 1.0, lost: int = 0, cut: int = 0, wrong: int = 0) -> Step:
+    return Step(
+        streams=streams,
+        seconds=1.0,
+        messages=streams * 50,
+        lost=lost,
+        cut=cut,
+        wrong=wrong,
+        p50_ms=0.1,
+        p99_ms=p99_ms,
+        p999_ms=p99_ms,
+        worst_ms=p99_ms,
+        server_cpu_us=20.0,
+        server_share=0.5,
+        load_share=0.4,
+        load_late_ms=1.0,
+        rss=50_000_000,
+    )
+
+
+@pytest.mark.parametrize("name", list(SERVERS))
+def test_every_server_echoes_everything(name: str) -> None:
+    if name == "picows":
+        pytest.importorskip("picows")
+    with running(SERVERS[name], SERVERS[name].memory_arguments) as (pid, port):
+        result = load(pid, port, [2, 5], seconds=0.5)
+    assert [(step.streams, step.lost, step.cut, step.wrong) for step in result.steps] == [(2, 0, 0, 0), (5, 0, 0, 0)]
+    assert all(step.messages > 0 for step in result.steps)
+    assert all(0 < step.p50_ms <= step.p99_ms <= step.p999_ms <= step.worst_ms for step in result.steps)
+    assert min(result.rss_start, result.rss_end, result.steps[0].rss) > 0
+
+
+def test_a_refused_stream_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(SERVERS["common"]) as (pid, port):
+        monkeypatch.setattr(bench_endpoint, "TOKEN", "another")
+        with pytest.raises(ServerFailed, match="401"):
+            load(pid, port, [1], seconds=0.1)
+
+
+def test_a_server_that_does_not_start_is_told() -> None:
+    broken = bench_endpoint.Server("broken", "", ("-c", "raise SystemExit('no port today')"))
+    with pytest.raises(ServerFailed, match="no port today"), running(broken):
+        pass
+
+
+def test_what_is_carried() -> None:
+    assert carried(a_step(1))
+    assert not carried(a_step(1, p99_ms=20.0))
+    assert not carried(a_step(1, lost=1))
+    assert not carried(a_step(1, cut=1))
+    assert not carried(a_step(1, wrong=1))
+
+
+@pytest.mark.parametrize("limit", [3, 249, 250, 1000, 1337, 7000])
+def test_search_closes_in_on_the_limit(limit: int) -> None:
+    best, worst = search(lambda streams: a_step(streams, lost=int(streams > limit)), first=250, tolerance=0.05)
+    assert best is not None
+    assert worst is not None
+    assert best.streams <= limit < worst.streams
+    assert worst.streams - best.streams <= max(1, 0.05 * worst.streams)
+
+
+def test_search_stops_where_nothing_is_carried_or_everything_is() -> None:
+    best, worst = search(lambda streams: a_step(streams, lost=1), first=250, tolerance=0.05)
+    assert (best, worst and worst.streams) == (None, 1)
+    best, worst = search(a_step, first=250, tolerance=0.05)
+    assert (best and best.streams, worst) == (8000, None)
+
+
+def test_one_bad_second_fails_no_number() -> None:
+    seen: list[int] = []
+
+    def attempt(streams: int) -> Step:
+        seen.append(streams)
+        return a_step(streams, lost=int(streams > 400 or seen.count(streams) == 1))
+
+    best, _ = search(attempt, first=250, tolerance=0.05)
+    assert best is not None
+    assert best.streams > 380
+
+
+def test_tables_compare_with_the_common_server_and_the_floor() -> None:
+    fast, slow = a_step(250), a_step(250)
+    slow.server_cpu_us = 50.0
+    assert bench_endpoint.cost_table({"common": slow, "streamsink": fast, "floor": fast}).splitlines()[3] == (
+        "| **streamsink**, all guards and metrics, processor `echo` | 20.0 | 40% | 0.0 | 0.10 / 1.00 / 1.00 | 0 "
+        "| 40% | 1.0 |"
+    )
+    found = {"common": (a_step(400), a_step(410, p99_ms=25)), "streamsink": (a_step(1200), a_step(1250, lost=7))}
+    assert bench_endpoint.capacity_table(found).splitlines()[3] == (
+        "| **streamsink**, all guards and metrics, processor `echo` | 1200 | 3.00 | 0.10 / 1.00 / 1.00 | 20.0 | 50% "
+        "| 40% | 1250 (p99 1 ms, 7 lost) |"
+    )
+
+
+def test_what_the_load_sends_is_what_the_platform_sends() -> None:
+    text = media_text(3)
+    assert text.startswith(
+        b'{"event":"media","sequenceNumber":"100003","media":{"track":"inbound","chunk":"100003",'
+        b'"timestamp":"2000060","payload":"'
+    )
+    frame = masked_frame(text)
+    assert frame[:2] == b"\x81\xfe"
+    assert int.from_bytes(frame[2:4]) == len(text) == len(frame) - 8
+    assert bytes(octet ^ frame[4 + i % 4] for i, octet in enumerate(frame[8:])) == text
+
+
+def test_a_process_is_read() -> None:
+    before = cpu_seconds(os.getpid())
+    sum(range(1_000_000))
+    assert cpu_seconds(os.getpid()) > before
+    assert resident_bytes(os.getpid()) > 1_000_000
+
+
+def test_the_report_names_the_machine_but_not_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "section", lambda name, out, quick: f"## {name} {quick}\n")
+    written = report.write_report(["endpoint", "path"], tmp_path / "results", quick=True)
+    text = written.read_text()
+    assert "## endpoint True\n\n## path True\n" in text
+    assert "msgspec" in text
+    assert os.uname().nodename not in text
+    assert str(Path.cwd()) not in text
+
+
+def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["nonsense"])
+    assert "no benchmark is called nonsense" in capsys.readouterr().err
