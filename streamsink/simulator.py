@@ -981,7 +981,7 @@ class Simulation:
             fresh = SimulateOptions()
             fields = ("codec", "param", "name", "streams", "loop", "seconds", "dtmf", "lose")
             for field in fields:
-                if getattr(options, field) != getattr(fresh, field):
+                if (getattr(options, field) or None) != (getattr(fresh, field) or None):
                     raise SimulationError(f"--{field} does not go with --replay: the capture holds what is sent")
         if options.streams < 1:
             raise SimulationError(f"--streams is {options.streams}; it has to be 1 or more")
@@ -1241,13 +1241,18 @@ def run(options: SimulateOptions, loop_factory: Callable[[], asyncio.AbstractEve
         return 1
     except KeyboardInterrupt:
         return 130
+    show(report, as_json=options.json)
+    return report.exit_status
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Print the failures on stderr, each once, and the report on stdout; no table where there was no call."""
     for failure, count in Counter(report.failures).items():
         sys.stderr.write(f"streamsink simulate: {failure}{f' ({count} streams)' if count > 1 else ''}\n")
-    if options.json:
+    if as_json:
         sys.stdout.write(report.to_json() + "\n")
     elif report.close_code is not None:
         sys.stdout.write(report_text(report) + "\n")
-    return report.exit_status
 
 
 async def _run_interruptibly(simulation: Simulation) -> Report:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import datetime
 import ipaddress
 import json
@@ -11,7 +13,6 @@ import ssl
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cryptography.x509.oid import NameOID
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.server import ServerProtocol
 
 from streamsink import wire
 from streamsink.audio import Samples
@@ -46,6 +48,7 @@ from streamsink.simulator import (
     read_capture,
     report_text,
     run,
+    show,
     simulate,
 )
 
@@ -459,7 +462,7 @@ class Endpoint:
         return [message["media"]["payload"] for message in self.streams[stream] if message["event"] == "media"]
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def endpoint(
     certificate: Path | None,
     answer: Callable[[ServerConnection, dict[str, Any]], Awaitable[None]] | None = None,
@@ -756,14 +759,20 @@ async def test_no_endpoint_is_told(sound: Path) -> None:
 
 
 async def test_a_server_that_speaks_something_else_is_told(sound: Path) -> None:
+    gone = asyncio.Event()
+
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ESMTP\r\n")
-        await reader.read()
-        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+        gone.set()
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         report = await simulate(SimulateOptions(file=sound, url=f"ws://127.0.0.1:{port}/"))
+        await gone.wait()
     (failure,) = report.failures
     assert failure.startswith("what answers is no WebSocket endpoint")
 
@@ -822,6 +831,148 @@ sys.exit(run(options, {loop}.new_event_loop))
     assert told["close_code"] == 1000
     assert told["frames_sent"] == len(there.payloads(0)) + len(there.payloads(1))
     assert [messages[-1]["event"] for messages in there.streams] == ["stop", "stop"]
+
+
+class RawPeer:
+    """Takes the upgrade if it is to, sends some bytes, and then nothing but its last word when the call is closed."""
+
+    def __init__(self, *, accept: bool, then: bytes, last: bytes | None) -> None:
+        self.accept = accept
+        self.then = then
+        self.last = last
+        self.gone = asyncio.Event()
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        protocol = ServerProtocol()
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(4096):
+                protocol.receive_data(data)
+                for event in protocol.events_received():
+                    if self.accept and isinstance(event, Request):
+                        protocol.send_response(protocol.accept(event))
+                        writer.write(b"".join(protocol.data_to_send()) + self.then)
+                if protocol.close_rcvd is not None and self.last is not None:
+                    writer.write(self.last)
+                    break
+            writer.close()
+            await writer.wait_closed()
+        self.gone.set()
+
+
+async def against_raw_peer(
+    sound: Path, *, accept: bool = True, then: bytes = b"", last: bytes | None = None, **options: Any
+) -> Report:
+    peer = RawPeer(accept=accept, then=then, last=last)
+    async with await asyncio.start_server(peer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        report = await simulate(SimulateOptions(file=sound, url=f"ws://127.0.0.1:{port}/", **options))
+        await peer.gone.wait()
+    return report
+
+
+async def test_an_upgrade_that_is_not_answered_is_given_up(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamsink.simulator.OPEN_TIMEOUT", 0.05)
+    report = await against_raw_peer(sound, accept=False)
+    (failure,) = report.failures
+    assert "did not answer within 0.05 s" in failure
+    assert (report.close_code, report.exit_status) == (None, 1)
+
+
+async def test_a_close_that_is_not_answered_is_given_up(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamsink.simulator.CLOSE_TIMEOUT", 0.05)
+    report = await against_raw_peer(sound, seconds=0.02)
+    assert report.failures == ["the endpoint did not answer the close within 0.05 s; its log tells why"]
+    assert (report.frames_sent, report.close_code, report.exit_status) == (1, 1006, 1)
+
+
+async def test_an_endpoint_that_breaks_the_framing_is_told(sound: Path) -> None:
+    masked = b"\x81\x81abcd!"
+    report = await against_raw_peer(sound, then=masked)
+    assert report.failures == ["the endpoint broke the WebSocket protocol: incorrect masking"]
+    assert report.close_code == 1006
+
+
+@pytest.mark.parametrize(
+    ("last", "close_code", "failures"),
+    [
+        (b"\x88\x02\x03\xe8", 1000, []),
+        (b"\x88\x00", 1005, []),
+        (b"\x88\x09\x03\xf3no disk", 1011, ["the endpoint ended the stream with 1011 (no disk); its log tells more"]),
+        (b"", 1006, ["the endpoint ended the connection without answering the close; its log tells why"]),
+    ],
+)
+async def test_how_the_endpoint_ends_after_stop_matters(
+    sound: Path, last: bytes, close_code: int, failures: list[str]
+) -> None:
+    report = await against_raw_peer(sound, last=last, seconds=0.02)
+    assert (report.close_code, report.failures) == (close_code, failures)
+
+
+async def test_a_message_before_the_first_of_ours_is_taken(sound: Path) -> None:
+    media = b'{"event":"media","media":{"payload":"f39/"}}'
+    report = await against_raw_peer(sound, then=b"\x81" + bytes([len(media)]) + media, last=b"\x88\x00", seconds=0.02)
+    assert (report.frames_sent, report.frames_received) == (1, 1)
+
+
+async def test_a_replay_without_a_codec_cannot_be_saved(certificate: Path, tmp_path: Path) -> None:
+    capture = tmp_path / "a.jsonl"
+    capture.write_text(f'{HEAD}\n{{"t": 0, "text": "{{}}"}}')
+    async with endpoint(certificate) as there:
+        options = SimulateOptions(replay=capture, url=there.url, cafile=certificate, save=tmp_path / "a.wav")
+        report = await simulate(options)
+    assert there.streams == [[{}]]
+    assert report.failures == ["--save: the capture has no start message that tells the codec, so nothing is saved"]
+    assert not (tmp_path / "a.wav").exists()
+
+
+async def test_silence_is_saved_as_an_empty_file_and_a_failed_write_is_told(
+    certificate: Path, sound: Path, tmp_path: Path
+) -> None:
+    async with endpoint(certificate) as there:
+        options = SimulateOptions(file=sound, url=there.url, cafile=certificate, seconds=0.02)
+        report = await simulate(dataclasses.replace(options, save=tmp_path / "a.wav"))
+        assert (report.failures, soundfile.info(tmp_path / "a.wav").frames) == ([], 0)
+        report = await simulate(dataclasses.replace(options, save=tmp_path))
+    (failure,) = report.failures
+    assert failure.startswith(f"--save: {tmp_path} cannot be written: ")
+
+
+async def test_a_terminal_sees_the_progress_and_the_table(certificate: Path, sound: Path) -> None:
+    program = """
+import sys, pathlib
+from streamsink.simulator import SimulateOptions, run
+sys.exit(run(SimulateOptions(file=pathlib.Path(sys.argv[1]), url=sys.argv[2], insecure=True)))
+"""
+    terminal, its_end = os.openpty()
+    try:
+        async with endpoint(certificate, echo) as there:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", program, str(sound), there.url),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=its_end,
+                env={**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+            out, _ = await process.communicate()
+        shown = os.read(terminal, 65_536)
+    finally:
+        os.close(terminal)
+        os.close(its_end)
+    assert process.returncode == 0
+    assert b"playing" in shown
+    assert out.decode().splitlines()[:4] == [
+        "streams          1",
+        "frames sent      15",
+        "frames received  15",
+        "lost             0",
+    ]
+
+
+def test_the_same_failure_of_many_streams_is_told_once(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(streams=3, failures=["cut off"] * 3 + ["lost"])
+    show(report, as_json=True)
+    shown = capsys.readouterr()
+    assert shown.err == "streamsink simulate: cut off (3 streams)\nstreamsink simulate: lost\n"
+    assert json.loads(shown.out)["streams"] == 3
 
 
 def test_a_refused_run_says_so_in_a_sentence(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
