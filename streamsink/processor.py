@@ -176,7 +176,8 @@ def processor(
         parameters = list(inspect.signature(function).parameters.values())
         if not inspect.iscoroutinefunction(function) or len(parameters) < 2:
             raise TypeError(f"@processor wants `async def f(stream, frames)`, got {function!r}")
-        options = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters[2:]]
+        by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        options = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters[2:] if p.kind in by_keyword]
         members = {
             "__doc__": function.__doc__,
             "__module__": function.__module__,
@@ -202,6 +203,10 @@ class Tally(Protocol):
         """A processor was too slow for this many frames."""
 
 
+# What a processor's own tasks were cancelled with is no reason to cancel anything else.
+_FAILURES = (Exception, asyncio.CancelledError)
+
+
 class _Guard:
     """One processor on one stream: holds what comes before it is ready, and retires it when it fails."""
 
@@ -213,6 +218,7 @@ class _Guard:
         "name",
         "on_frame",
         "processor",
+        "retired",
         "slow",
         "started",
         "stopping",
@@ -228,6 +234,7 @@ class _Guard:
         # What arrived during on_start; None once it is over.
         self.held: deque[Callable[[], None]] | None = deque()
         self.alive = True
+        self.retired = False
         self.slow = 0
         self.started: asyncio.Task[None] | None = None
         self.stopping: asyncio.Task[None] | None = None
@@ -250,7 +257,7 @@ class _Guard:
         before = self.clock()
         try:
             self.on_frame(frame)
-        except Exception as error:
+        except _FAILURES as error:
             self._retire("on_frame", error)
             return
         if self.clock() - before > SLOW_CALL:
@@ -265,7 +272,7 @@ class _Guard:
         elif self.alive:
             try:
                 getattr(self.processor, hook)(*args)
-            except Exception as error:
+            except _FAILURES as error:
                 self._retire(hook, error)
 
     async def stop(self, reason: str) -> None:
@@ -278,26 +285,36 @@ class _Guard:
             await self.stopping
 
     async def _run(self, hook: str, coroutine: Awaitable[None]) -> bool:
-        """Await an async hook for as long as it may take; a failure retires the processor."""
-        deadline = asyncio.timeout(HOOK_TIMEOUT)
+        """Await an async hook for as long as it may take; a failure retires the processor.
+
+        In a task of its own, to be left behind: a hook that swallows its cancellation holds nobody up.
+        """
+        task = asyncio.ensure_future(coroutine)
         try:
-            async with deadline:
-                await coroutine
-        except Exception as error:
-            if deadline.expired():
-                self._retire(hook, f"took longer than {HOOK_TIMEOUT:g} s")
-            else:
-                self._retire(hook, error)
-            return False
-        return True
+            await asyncio.wait({task}, timeout=HOOK_TIMEOUT)
+        finally:
+            task.cancel()
+        if not task.done():
+            self._retire(hook, f"took longer than {HOOK_TIMEOUT:g} s")
+        elif task.cancelled():
+            self._retire(hook, "cancelled itself")
+        elif error := task.exception():
+            self._retire(hook, error)
+        else:
+            return True
+        return False
 
     async def _on_stop(self, reason: str) -> None:
         await self._run("on_stop", self.processor.on_stop(reason))
         if dropped := getattr(self.processor, "dropped", 0):
             self.tally.processor_dropped(self.name, dropped)
 
-    def _retire(self, hook: str, cause: Exception | str) -> None:
+    def _retire(self, hook: str, cause: BaseException | str) -> None:
         """Take the processor off this stream; one that had started gets its on_stop, to let go of what it holds."""
+        if self.retired:
+            # What is broken may not let go cleanly either: one failure is told once.
+            return
+        self.retired = True
         self.tally.processor_error(self.name)
         if isinstance(cause, str):
             self.log.error("processor retired", hook=hook, cause=cause)

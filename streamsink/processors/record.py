@@ -250,7 +250,8 @@ class _Recording:
         with self._failing():
             if self.error is None:
                 self._write_pending(wav)
-                wav.flush()
+        with self._failing():
+            wav.flush()
         self.sidecar.duration_seconds = wav.frames / self.sidecar.sample_rate
         with self._failing():
             try:

@@ -153,7 +153,11 @@ class WavPart:
                 # A disk that runs full takes a part first, and complains the next time.
                 written = os.pwrite(self._fd, view, offset)
             except OSError as error:
-                os.ftruncate(self._fd, _HEADER.size + self.frames * 2 * self._channels)
-                raise OSError(error.errno, error.strerror, str(self.part)) from error
+                # What did fit is kept, to the last whole sample.
+                step = 2 * self._channels
+                self.frames = max(self.frames, (offset - _HEADER.size) // step)
+                self._stale = True
+                os.ftruncate(self._fd, _HEADER.size + self.frames * step)
+                raise OSError(error.errno, error.strerror, str(self.part)) from None
             view = view[written:]
             offset += written

@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import wave
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from streamsink.audio import Samples, Track
+from streamsink.processor import Chain
+from streamsink.processors import record
+from streamsink.processors.record import Record
+from streamsink.processors.wav import WavPart
+from streamsink.stream import Stream
+from tests.streams import Counts, counting, frame, make_stream
+
+STEM = "20261120T204218Z_front_desk"
+BOTH = (Track.INBOUND, Track.OUTBOUND)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        # A file grows without telling anybody.
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def read(path: Path) -> Samples:
+    samples: Samples = soundfile.read(path, dtype="int16")[0]
+    return samples
+
+
+def sidecar(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def frames_in(part: Path) -> int:
+    """As the header has it: libsndfile would read on behind one that says 0."""
+    if not part.exists():
+        return -1
+    with wave.open(str(part)) as file:
+        return int(file.getnframes())
+
+
+def modes(directory: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+async def started(stream: Stream, **options: Any) -> Record:
+    processor = Record(**options)
+    await processor.on_start(stream)
+    return processor
+
+
+async def ended(stream: Stream, processor: Record, code: int = 1000, reason: str = "stop") -> None:
+    stream.close_code, stream.close_reason = code, reason
+    await processor.on_stop("stop")
+
+
+async def test_a_stream_becomes_a_wav_file_and_a_sidecar_that_tells_the_truth(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, custom_parameters={"customer": "42", "tags": ["a", 1.5, None]})
+    processor = await started(stream)
+    for start in range(0, 16_000, 160):
+        processor.on_frame(frame(counting(start, 160), start))
+    await ended(stream, processor)
+
+    assert names(tmp_path) == [f"{STEM}.json", f"{STEM}.wav"]
+    wav = tmp_path / f"{STEM}.wav"
+    assert read(wav).tolist() == counting(0, 16_000).tolist()
+    with wave.open(str(wav)) as file:
+        assert file.getparams()[:4] == (1, 2, 8000, 16_000)
+    assert list(sidecar(tmp_path / f"{STEM}.json").items()) == [
+        ("stream_sid", "7d56"),
+        ("call_sid", "76ac"),
+        ("account_sid", "b08d"),
+        ("name", "front desk"),
+        ("codec", "PCMU@8000h@20i"),
+        ("sample_rate", 8000),
+        ("started_at", "2026-11-20T20:42:18.250000Z"),
+        ("duration_seconds", 2.0),
+        ("custom_parameters", {"customer": "42", "tags": ["a", 1.5, None]}),
+        ("gaps", []),
+        ("sha256", hashlib.sha256(wav.read_bytes()).hexdigest()),
+        ("processors", ["record"]),
+        ("close_code", 1000),
+        ("close_reason", "stop"),
+        ("complete", True),
+    ]
+    assert modes(tmp_path) == {0o600}
+
+
+async def test_the_header_is_byte_for_byte_what_libsndfile_writes(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, tracks=BOTH, codec="L16@24000h")
+    processor = await started(stream)
+    processor.on_frame(frame(counting(1, 480), sample_rate=24000))
+    await ended(stream, processor)
+    ours = tmp_path / f"{STEM}.wav"
+    theirs = tmp_path / "theirs.wav"
+    soundfile.write(theirs, soundfile.read(ours, dtype="int16")[0], 24000, "PCM_16")
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+# Frames as (track, start, samples, lost) and the gaps they make, in samples at 8 kHz.
+IN, OUT = Track.INBOUND, Track.OUTBOUND
+GAPS: dict[str, tuple[list[tuple[Track, int, int, int]], list[tuple[str, float, float]]]] = {
+    "none": ([(IN, 0, 160, 0), (IN, 160, 160, 0)], []),
+    "one frame": ([(IN, 0, 160, 0), (IN, 320, 160, 160)], [("inbound", 0.02, 0.02)]),
+    "several": (
+        [(IN, 0, 160, 0), (IN, 320, 160, 160), (IN, 480, 160, 0), (IN, 8000, 160, 7360)],
+        [("inbound", 0.02, 0.02), ("inbound", 0.08, 0.92)],
+    ),
+    "a minute": ([(IN, 0, 160, 0), (IN, 480_000, 160, 479_840)], [("inbound", 0.02, 59.98)]),
+    "a late start is none": ([(IN, 4000, 160, 0)], []),
+    "a late second track is none": ([(IN, 0, 160, 0), (OUT, 160, 160, 0)], []),
+    "each track has its own": (
+        [(IN, 0, 160, 0), (OUT, 0, 160, 0), (OUT, 320, 160, 160), (IN, 800, 160, 640)],
+        [("outbound", 0.02, 0.02), ("inbound", 0.02, 0.08)],
+    ),
+    "frames of odd lengths": (
+        [(IN, 0, 1, 0), (IN, 1, 319, 0), (IN, 480, 80, 160)],
+        [("inbound", 0.04, 0.02)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GAPS)
+async def test_losses_and_late_starts_are_silence_of_the_right_length(case: str, tmp_path: Path) -> None:
+    frames, gaps = GAPS[case]
+    stream = make_stream(tmp_path, tracks=BOTH)
+    processor = await started(stream)
+    end = max(start + n for _, start, n, _ in frames)
+    wanted = np.zeros((end, 2), np.int16)
+    for track, start, n, lost in frames:
+        samples = counting(start + 1, n)
+        processor.on_frame(frame(samples, start, track=track, lost=lost))
+        wanted[start : start + n, 0 if track is IN else 1] = samples
+    await ended(stream, processor)
+    assert np.array_equal(read(tmp_path / f"{STEM}.wav"), wanted)
+    told = sidecar(tmp_path / f"{STEM}.json")
+    assert told["gaps"] == [{"track": t, "start_seconds": s, "seconds": n} for t, s, n in gaps]
+    assert told["duration_seconds"] == end / 8000
+    assert told["complete"] is True
+
+
+@pytest.mark.parametrize(
+    ("tracks", "channels"), [((IN,), 1), ((OUT,), 1), (BOTH, 2), ((OUT, IN), 2), ((Track.MIX,), 1)]
+)
+async def test_the_tracks_settle_the_channels(tracks: tuple[Track, ...], channels: int, tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, tracks=tracks)
+    processor = await started(stream)
+    for number, track in enumerate(sorted(tracks, key=list(Track).index)):
+        processor.on_frame(frame(np.full(160, number + 1, np.int16), track=track))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.wav").reshape(160, -1).tolist() == [list(range(1, channels + 1))] * 160
+
+
+async def test_stereo_stays_aligned_when_one_track_runs_ahead_and_the_other_comes_late(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, tracks=BOTH)
+    processor = await started(stream)
+    wav = tmp_path / f"{STEM}.wav.part"
+    rng = np.random.default_rng(7)
+    left, right = rng.integers(-32768, 32768, (2, 80_000), np.int16)
+    # Ten seconds of one are on disk before the first of the other comes.
+    for start in range(0, 80_000, 160):
+        processor.on_frame(frame(left[start : start + 160], start))
+    await until(lambda: wav.stat().st_size == 44 + 80_000 * 4)
+    for start in range(0, 80_000, 320):
+        processor.on_frame(frame(right[start : start + 320], start, track=Track.OUTBOUND))
+    await ended(stream, processor)
+    assert np.array_equal(read(tmp_path / f"{STEM}.wav"), np.stack([left, right], axis=1))
+
+
+async def test_a_stream_without_audio_has_an_empty_wav_and_a_sidecar(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, name=None, sid="../7d56", codec="G722")
+    processor = await started(stream)
+    await ended(stream, processor, 1008, "no media")
+    stem = "20261120T204218Z__7d56"
+    info = soundfile.info(tmp_path / f"{stem}.wav")
+    assert (info.frames, info.samplerate, info.channels) == (0, 16000, 1)
+    told = sidecar(tmp_path / f"{stem}.json")
+    assert (told["duration_seconds"], told["close_code"], told["close_reason"], told["complete"]) == (
+        0.0,
+        1008,
+        "no media",
+        True,
+    )
+
+
+async def test_a_live_file_is_private_locked_and_playable_up_to_the_last_flush(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    part = tmp_path / f"{STEM}.wav.part"
+    assert names(tmp_path) == [f"{STEM}.json.part", f"{STEM}.wav.part"]
+    assert modes(tmp_path) == {0o600}
+    told = sidecar(tmp_path / f"{STEM}.json.part")
+    assert (told["stream_sid"], told["sha256"], told["complete"]) == ("7d56", None, False)
+    with part.open("rb") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    processor.on_frame(frame(counting(0, 4000)))
+    await until(lambda: frames_in(part) == 4000)
+    assert read_part(part).tolist() == counting(0, 4000).tolist()
+    await ended(stream, processor)
+
+
+def read_part(path: Path) -> Samples:
+    with wave.open(str(path)) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2")
+
+
+CRASH = """
+import asyncio, sys
+from pathlib import Path
+from streamsink.audio import Track
+from streamsink.processors.record import Record
+from streamsink.processors.wav import WavPart
+from tests.streams import counting, frame, make_stream
+
+async def main():
+    processor = Record()
+    await processor.on_start(make_stream(Path(sys.argv[1]), tracks=(Track.INBOUND, Track.OUTBOUND)))
+    for start in range(0, 16_000, 160):
+        processor.on_frame(frame(counting(start, 160), start))
+        processor.on_frame(frame(counting(start + 7, 160), start, track=Track.OUTBOUND))
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_process_leaves_a_file_that_plays(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", CRASH, str(tmp_path))
+    part = tmp_path / f"{STEM}.wav.part"
+    try:
+        await until(lambda: frames_in(part) == 16_000)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
+    assert names(tmp_path) == [f"{STEM}.json.part", f"{STEM}.wav.part"]
+    assert read_part(part).reshape(-1, 2).tolist() == list(map(list, zip(range(16_000), range(7, 16_007), strict=True)))
+    # Nobody holds the lock any more: whoever repairs may take it.
+    with part.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert sidecar(tmp_path / f"{STEM}.json.part")["complete"] is False
+
+
+async def test_a_thousand_recordings_at_once_share_one_thread(tmp_path: Path) -> None:
+    streams = [make_stream(tmp_path, sid=f"s{i}", name=None) for i in range(1000)]
+    # The first recording of the process starts the thread.
+    first = await started(streams[0])
+    threads = threading.active_count()
+    processors = [first, *await asyncio.gather(*map(started, streams[1:]))]
+    for number, processor in enumerate(processors):
+        for start in (0, 160, 480):
+            processor.on_frame(frame(np.full(160, number, np.int16), start))
+    assert threading.active_count() == threads
+    await asyncio.gather(*map(ended, streams, processors))
+    assert threading.active_count() == threads
+    assert len(names(tmp_path)) == 2000
+    for number in range(1000):
+        samples = read(tmp_path / f"20261120T204218Z_s{number}.wav")
+        assert samples.tolist() == [number] * 320 + [0] * 160 + [number] * 160
+
+
+async def test_the_rate_asked_for_is_the_files_rate(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    chain = Chain([("record", Record(sample_rate=16000)), ("record", Record())], Counts())
+    chain.start(stream)
+    for start in range(0, 8000, 160):
+        chain.frame(frame(np.full(160, 1000, np.int16), start, lost=0))
+    await chain.stop("stop")
+    # The second recording of one stream makes a stem of its own.
+    assert names(tmp_path) == [f"{STEM}.json", f"{STEM}.wav", f"{STEM}_2.json", f"{STEM}_2.wav"]
+    rates = {}
+    for stem in (STEM, f"{STEM}_2"):
+        info = soundfile.info(tmp_path / f"{stem}.wav")
+        rates[sidecar(tmp_path / f"{stem}.json")["sample_rate"]] = (info.samplerate, info.frames)
+    assert rates == {16000: (16000, 16000), 8000: (8000, 8000)}
+
+
+async def test_a_directory_of_its_own(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path / "default")
+    processor = await started(stream, directory=tmp_path / "own")
+    await ended(stream, processor)
+    assert names(tmp_path) == ["own"]
+    assert names(tmp_path / "own") == [f"{STEM}.json", f"{STEM}.wav"]
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
+
+
+async def test_a_track_nobody_announced_makes_the_recording_incomplete(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    processor.on_frame(frame(counting(0, 160)))
+    processor.on_frame(frame(counting(0, 160), track=Track.OUTBOUND))
+    processor.on_frame(frame(counting(160, 160), 160, track=Track.OUTBOUND))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.wav").tolist() == counting(0, 160).tolist()
+    assert sidecar(tmp_path / f"{STEM}.json")["complete"] is False
+
+
+# --- Disks that fail -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[int]:
+    """No file of this process grows beyond a million bytes meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    yield 1_000_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a full disk needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+async def test_a_write_that_fails_retires_the_recording_and_nobody_else(tmp_path: Path, file_size_limit: int) -> None:
+    counts = Counts()
+    streams = [make_stream(tmp_path, name=name) for name in ("long", "short")]
+    chains = [Chain([("record", Record())], counts) for _ in streams]
+    for chain, stream in zip(chains, streams, strict=True):
+        chain.start(stream)
+    long, short = chains
+    for start in range(0, 600_000, 8000):
+        long.frame(frame(counting(start, 8000), start))
+    short.frame(frame(counting(0, 8000)))
+    part = tmp_path / "20261120T204218Z_short.wav.part"
+    await until(lambda: frames_in(part) == 8000)
+    await until(lambda: _one_more(long) or counts.errors == ["record"])
+    short.frame(frame(counting(8000, 8000), 8000))
+    await asyncio.gather(*(chain.stop("stop") for chain in chains))
+
+    assert counts.errors == ["record"]
+    assert names(tmp_path) == [
+        f"20261120T204218Z_{n}.{ending}" for n in ("long", "short") for ending in ("json", "wav")
+    ]
+    assert read(tmp_path / "20261120T204218Z_short.wav").tolist() == counting(0, 16_000).tolist()
+    assert sidecar(tmp_path / "20261120T204218Z_short.json")["complete"] is True
+    # What did fit is there, the header tells the truth about it, and so does the sidecar.
+    samples = read(tmp_path / "20261120T204218Z_long.wav")
+    assert len(samples) == (file_size_limit - 44) // 2
+    assert samples.tolist() == counting(0, len(samples)).tolist()
+    told = sidecar(tmp_path / "20261120T204218Z_long.json")
+    assert (told["complete"], told["duration_seconds"]) == (False, len(samples) / 8000)
+
+
+def _one_more(chain: Chain) -> bool:
+    chain.frame(frame(counting(0, 160), 600_000))
+    return False
+
+
+async def test_a_full_disk_ends_the_recording_with_a_sidecar_that_says_so(
+    tiny_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = Counts()
+    chain = Chain([("record", Record())], counts)
+    stream = make_stream(tiny_disk)
+    chain.start(stream)
+    part = tiny_disk / f"{STEM}.wav.part"
+    chain.frame(frame(counting(0, 8000)))
+    await until(lambda: frames_in(part) == 8000)
+    chain.frame(frame(counting(8000, 80_000), 8000))
+    await until(lambda: _one_more(chain) or counts.errors == ["record"])
+    await chain.stop("stop")
+    assert "No space left on device" in capsys.readouterr().out
+    assert names(tiny_disk) == [f"{STEM}.json", f"{STEM}.wav"]
+    samples = read(tiny_disk / f"{STEM}.wav")
+    assert len(samples) > 8000
+    assert samples.tolist() == counting(0, len(samples)).tolist()
+    told = sidecar(tiny_disk / f"{STEM}.json")
+    wav = (tiny_disk / f"{STEM}.wav").read_bytes()
+    assert (told["complete"], told["sha256"]) == (False, hashlib.sha256(wav).hexdigest())
+
+
+async def test_a_disk_that_is_full_from_the_start_is_an_os_error_and_leaves_no_audio_file(tiny_disk: Path) -> None:
+    (tiny_disk / "filler").write_bytes(bytes(64 * 1024))
+    with pytest.raises(OSError, match="No space left"):
+        await started(make_stream(tiny_disk))
+    assert names(tiny_disk) == [f"{STEM}.json.part", "filler"]
+
+
+async def test_a_failure_at_the_very_end_is_raised_by_on_stop(tmp_path: Path, file_size_limit: int) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    processor.on_frame(frame(counting(0, file_size_limit)))
+    with pytest.raises(OSError, match="File too large"):
+        await ended(stream, processor)
+    assert sidecar(tmp_path / f"{STEM}.json")["complete"] is False
+
+
+async def test_a_folder_that_is_a_file_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        await started(make_stream(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        await started(make_stream(tmp_path), directory=tmp_path / "file")
+
+
+async def test_a_folder_that_vanishes_fails_this_recording_alone(tmp_path: Path) -> None:
+    here, gone = make_stream(tmp_path / "here"), make_stream(tmp_path / "gone")
+    fine, lost = await started(here), await started(gone)
+    for path in (tmp_path / "gone").iterdir():
+        path.unlink()
+    (tmp_path / "gone").rmdir()
+    lost.on_frame(frame(counting(0, 160)))
+    with pytest.raises(FileNotFoundError):
+        await ended(gone, lost)
+    fine.on_frame(frame(counting(0, 160)))
+    await ended(here, fine)
+    assert read(tmp_path / "here" / f"{STEM}.wav").tolist() == counting(0, 160).tolist()
+
+
+def held(stuck: threading.Event) -> None:
+    assert stuck.wait(20)
+
+
+async def test_a_disk_that_does_not_keep_up_ends_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MOST_PENDING", 10)
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    stuck = threading.Event()
+    waiting = record._writer.run(lambda: held(stuck))
+    for start in range(0, 1600, 160):
+        processor.on_frame(frame(counting(start, 160), start))
+    with pytest.raises(OSError, match="does not keep up"):
+        processor.on_frame(frame(counting(1600, 160), 1600))
+    stuck.set()
+    await waiting
+    await processor.on_stop("error")
+    assert read(tmp_path / f"{STEM}.wav").tolist() == counting(0, 1600).tolist()
+    assert sidecar(tmp_path / f"{STEM}.json")["complete"] is False
+
+
+async def test_a_start_that_is_given_up_leaves_no_audio_file_behind(tmp_path: Path) -> None:
+    stuck = threading.Event()
+    waiting = record._writer.run(lambda: held(stuck))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    starting = asyncio.create_task(started(make_stream(tmp_path)))
+    await until(lambda: (tmp_path / f"{STEM}.json.part").exists())
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    stuck.set()
+    await waiting
+    await record._writer.run(lambda: None)
+    assert names(tmp_path) == [f"{STEM}.json.part"]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_wav_file_ends_where_its_format_does(tmp_path: Path) -> None:
+    last = 2**31 - 22
+    part = WavPart(tmp_path / "long.wav", 8000, 1)
+    part.write(counting(1, 160), last - 160, 0)
+    with pytest.raises(OSError, match="4 GiB"):
+        part.write(counting(1, 1), last, 0)
+    part.flush()
+    part.finish()
+    with soundfile.SoundFile(tmp_path / "long.wav") as file:
+        assert file.frames == last
+        file.seek(last - 161)
+        assert file.read(dtype="int16").tolist() == list(range(161))
