@@ -22,7 +22,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -918,7 +918,7 @@ def _connect_failure(uri: WebSocketURI, error: OSError) -> str:
     where = f"{uri.host}:{uri.port}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
-            f"the certificate of {where} is not trusted: {error.verify_message}. "
+            f"the certificate of {where} is not trusted: {error.verify_message.rstrip('.')}. "
             "Name the certificate to trust by --cafile, or accept any with --insecure"
         )
     if isinstance(error, ssl.SSLError) or (uri.secure and isinstance(error, ConnectionResetError)):
@@ -1262,6 +1262,7 @@ async def _run_interruptibly(simulation: Simulation) -> Report:
         loop.remove_signal_handler(signal.SIGINT)
         simulation.stop()
 
+    loop.set_exception_handler(_but_failed_handshakes)
     # Only the main thread gets signals, and not every platform's loop.
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
         loop.add_signal_handler(signal.SIGINT, interrupt)
@@ -1273,6 +1274,12 @@ async def _run_interruptibly(simulation: Simulation) -> Report:
     finally:
         showing.cancel()
         await asyncio.wait({showing})
+
+
+def _but_failed_handshakes(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # aiofastnet reports them here besides raising them, with a class for an exception, which logging cannot print.
+    if not context["message"].startswith("SSL handshake failed"):
+        loop.default_exception_handler(context)
 
 
 async def _show_progress(simulation: Simulation) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -32,6 +33,7 @@ from websockets.server import ServerProtocol
 from streamsink import wire
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec
+from streamsink.loop import new_event_loop
 from streamsink.simulator import (
     PAUSE,
     Durations,
@@ -745,6 +747,18 @@ async def test_tls_where_there_is_none_and_none_where_there_is(certificate: Path
         report = await simulate(SimulateOptions(file=sound, url=there.url.replace("wss:", "ws:")))
         (failure,) = report.failures
         assert "--url begins with wss://" in failure
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop, new_event_loop])
+async def test_a_failed_handshake_is_one_sentence_on_every_loop(
+    sound: Path, new_loop: Callable[[], asyncio.AbstractEventLoop], capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with endpoint(None) as there:
+        options = SimulateOptions(file=sound, url=there.url.replace("ws:", "wss:"))
+        assert await asyncio.to_thread(run, options, new_loop) == 1
+    shown = capfd.readouterr()
+    assert shown.err.startswith("streamsink simulate: no TLS with localhost:")
+    assert shown.err.count("\n") == 1
 
 
 async def test_no_endpoint_is_told(sound: Path) -> None:
