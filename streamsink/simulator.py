@@ -1239,7 +1239,7 @@ def run(options: SimulateOptions, loop_factory: Callable[[], asyncio.AbstractEve
     except StreamsinkError as error:
         sys.stderr.write(f"streamsink simulate: {error}\n")
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     show(report, as_json=options.json)
     return report.exit_status
@@ -1258,9 +1258,12 @@ def show(report: Report, *, as_json: bool) -> None:
 async def _run_interruptibly(simulation: Simulation) -> Report:
     loop = asyncio.get_running_loop()
 
+    running = asyncio.current_task()
+    assert running is not None
+    ways = iter((simulation.stop, running.cancel))
+
     def interrupt() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        simulation.stop()
+        next(ways, running.cancel)()
 
     loop.set_exception_handler(_but_failed_handshakes)
     # Only the main thread gets signals, and not every platform's loop.

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 
@@ -847,6 +848,37 @@ sys.exit(run(options, {loop}.new_event_loop))
     assert [messages[-1]["event"] for messages in there.streams] == ["stop", "stop"]
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_a_second_interrupt_does_not_wait_for_the_endpoint(sound: Path, loop: str) -> None:
+    program = f"""
+import sys, pathlib, {loop}
+from streamsink.simulator import SimulateOptions, run
+options = SimulateOptions(file=pathlib.Path(sys.argv[1]), url=sys.argv[2], loop=True)
+sys.exit(run(options, {loop}.new_event_loop))
+"""
+    peer = RawPeer(accept=True, then=b"", last=None)
+    async with await asyncio.start_server(peer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", program, str(sound), f"ws://127.0.0.1:{port}/"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        try:
+            async with asyncio.timeout(30):
+                await peer.called.wait()
+                process.send_signal(signal.SIGINT)
+                await peer.hung_up.wait()
+                process.send_signal(signal.SIGINT)
+                shown = await process.communicate()
+                await peer.gone.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+    assert (process.returncode, shown) == (130, (b"", b""))
+
+
 class RawPeer:
     """Takes the upgrade if it is to, sends some bytes, and then nothing but its last word when the call is closed."""
 
@@ -854,6 +886,8 @@ class RawPeer:
         self.accept = accept
         self.then = then
         self.last = last
+        self.called = asyncio.Event()
+        self.hung_up = asyncio.Event()
         self.gone = asyncio.Event()
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -865,9 +899,13 @@ class RawPeer:
                     if self.accept and isinstance(event, Request):
                         protocol.send_response(protocol.accept(event))
                         writer.write(b"".join(protocol.data_to_send()) + self.then)
-                if protocol.close_rcvd is not None and self.last is not None:
-                    writer.write(self.last)
-                    break
+                    elif isinstance(event, Frame):
+                        self.called.set()
+                if protocol.close_rcvd is not None:
+                    self.hung_up.set()
+                    if self.last is not None:
+                        writer.write(self.last)
+                        break
             writer.close()
             await writer.wait_closed()
         self.gone.set()
