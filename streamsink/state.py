@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import tempfile
@@ -64,6 +65,27 @@ def replace_private(path: Path, content: bytes) -> None:
     """
     with _written_aside(path, content) as made:
         os.replace(made, path)
+
+
+@contextmanager
+def only_one_process(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask the same for the same folder waiting; the folder is made if need be.
+
+    Raises:
+        ConfigError: The folder cannot be made or opened.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be used: {error.strerror}; name a folder that can be written to with --state"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from streamsink.errors import ConfigError
-from streamsink.state import read_private, replace_private
+from streamsink.state import only_one_process, read_private, replace_private
 
 log = structlog.get_logger()
 
@@ -44,17 +44,23 @@ _BACKDATED = datetime.timedelta(days=1)
 _DNS_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 
 
+CERTIFICATE_FILE = "self-signed.crt"
+"""The self-signed certificate in the state folder, for clients to trust."""
+PAIR_FILE = "self-signed.pem"
+"""The same with its private key: one file, so that one can never be newer than the other."""
+
+
 class SelfSigned(NamedTuple):
-    """Where the self-signed pair lies.
+    """Where the self-signed pair lies; both files are 0600.
 
     Attributes:
-        pair: Private key and certificate in one PEM file (0600), so that one can never be newer than the other.
-        certificate: The certificate alone, for clients to trust.
+        cert: The certificate alone, for clients to trust.
+        key: The private key, and the certificate once more.
         made: Whether it was made just now.
     """
 
-    pair: Path
-    certificate: Path
+    cert: Path
+    key: Path
     made: bool
 
 
@@ -70,19 +76,20 @@ def self_signed(state_dir: Path, names: Iterable[str] = ()) -> SelfSigned:
     Raises:
         ConfigError: The folder cannot be read or written.
     """
-    pair, certificate = state_dir / "self-signed.pem", state_dir / "self-signed.crt"
+    cert, key = state_dir / CERTIFICATE_FILE, state_dir / PAIR_FILE
     wanted = _names_of_this_machine() | {name for name in map(_general_name, names) if name}
     now = datetime.datetime.now(datetime.UTC)
-    kept = read_private(pair)
-    why = "there is none yet" if kept is None else _why_remake(kept, wanted, now)
-    if why or kept is None:
-        kept = _make_pair(wanted, now)
-        replace_private(pair, kept)
-        log.info("made a self-signed certificate", because=why, path=str(certificate))
-    alone = x509.load_pem_x509_certificate(kept).public_bytes(Encoding.PEM)
-    if read_private(certificate) != alone:
-        replace_private(certificate, alone)
-    return SelfSigned(pair, certificate, bool(why))
+    with only_one_process(state_dir):
+        pair = read_private(key)
+        why = "there is none yet" if pair is None else _why_remake(pair, wanted, now)
+        if why or pair is None:
+            pair = _make_pair(wanted, now)
+            replace_private(key, pair)
+            log.info("made a self-signed certificate", because=why, path=str(cert))
+        alone = x509.load_pem_x509_certificate(pair).public_bytes(Encoding.PEM)
+        if read_private(cert) != alone:
+            replace_private(cert, alone)
+    return SelfSigned(cert, key, bool(why))
 
 
 def server_context(cert: Path, key: Path) -> ssl.SSLContext:

@@ -6,7 +6,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsink.errors import ConfigError
-from streamsink.state import create_private, read_private, replace_private
+from streamsink.state import create_private, only_one_process, read_private, replace_private
 
 
 def mode(path: Path) -> int:
@@ -77,5 +77,7 @@ def test_what_cannot_be_read_or_made_names_the_path(tmp_path: Path) -> None:
     for make in (create_private, replace_private):
         with pytest.raises(ConfigError, match=f"^{file}/x: cannot be made: File exists; name a folder .* --state$"):
             make(file / "x", b"")
+    with pytest.raises(ConfigError, match=f"^{file}: cannot be used: File exists; name a folder .* --state$"):
+        only_one_process(file).__enter__()
     with pytest.raises(ConfigError, match=f"^{folder}: cannot be made: Is a directory"):
         replace_private(folder, b"")

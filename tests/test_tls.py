@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,18 +95,34 @@ def mode(path: Path) -> int:
 class TestSelfSigned:
     def test_it_is_made_once_and_kept_private(self, tmp_path: Path) -> None:
         made = self_signed(tmp_path)
-        assert made == (tmp_path / "self-signed.pem", tmp_path / "self-signed.crt", True)
-        assert (mode(made.pair), mode(made.certificate)) == (0o600, 0o600)
-        assert b"PRIVATE" not in made.certificate.read_bytes()
-        content = made.pair.read_bytes()
-        assert self_signed(tmp_path) == (made.pair, made.certificate, False)
-        assert made.pair.read_bytes() == content
+        assert made == (tmp_path / "self-signed.crt", tmp_path / "self-signed.pem", True)
+        assert (mode(made.cert), mode(made.key)) == (0o600, 0o600)
+        assert b"PRIVATE" not in made.cert.read_bytes()
+        content = made.key.read_bytes()
+        assert self_signed(tmp_path) == (made.cert, made.key, False)
+        assert made.key.read_bytes() == content
+
+    def test_starting_several_at_once_leaves_one_pair(self, tmp_path: Path) -> None:
+        barrier = threading.Barrier(8)
+        outcomes: list[tls.SelfSigned] = []
+
+        def start() -> None:
+            barrier.wait()
+            outcomes.append(self_signed(tmp_path))
+
+        threads = [threading.Thread(target=start) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [outcome.made for outcome in outcomes].count(True) == 1
+        assert served(server_context(*outcomes[0][:2])) == der(outcomes[0].cert)
 
     def test_a_strict_client_that_trusts_just_this_file_accepts_every_name(self, tmp_path: Path) -> None:
-        pair, certificate, _ = self_signed(
+        certificate, pair, _ = self_signed(
             tmp_path, ["streams.example.com", "192.0.2.7", "0.0.0.0", "::", "fe80::1", "a b"]
         )
-        server = server_context(pair, pair)
+        server = server_context(certificate, pair)
         client = ssl.create_default_context(cafile=certificate)
         client.verify_flags |= ssl.VERIFY_X509_STRICT
         for name in ("localhost", "127.0.0.1", "::1", socket.gethostname(), "streams.example.com", "192.0.2.7"):
@@ -119,7 +136,7 @@ class TestSelfSigned:
         assert unwanted.isdisjoint(names.value.get_values_for_type(x509.IPAddress))
 
     def test_it_names_every_address_of_the_machine(self, tmp_path: Path) -> None:
-        certificate = x509.load_pem_x509_certificate(self_signed(tmp_path).certificate.read_bytes())
+        certificate = x509.load_pem_x509_certificate(self_signed(tmp_path).cert.read_bytes())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         addresses = names.get_values_for_type(x509.IPAddress)
         assert {ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")} <= set(addresses)
@@ -128,16 +145,16 @@ class TestSelfSigned:
         assert certificate.not_valid_after_utc - certificate.not_valid_before_utc == datetime.timedelta(days=825)
 
     def test_it_is_made_anew_for_a_name_it_lacks(self, tmp_path: Path) -> None:
-        before = self_signed(tmp_path).pair.read_bytes()
+        before = self_signed(tmp_path).key.read_bytes()
         with capture_logs() as logs:
             after = self_signed(tmp_path, ["streams.example.com"])
         assert after.made
-        assert after.pair.read_bytes() != before
+        assert after.key.read_bytes() != before
         assert logs == [
             {
                 "event": "made a self-signed certificate",
                 "because": "the kept one is not good for streams.example.com",
-                "path": str(after.certificate),
+                "path": str(after.cert),
                 "log_level": "info",
             }
         ]
@@ -153,7 +170,7 @@ class TestSelfSigned:
 
     @pytest.mark.parametrize("damage", ["empty", "no key", "another key", "no names"])
     def test_it_is_made_anew_when_damaged(self, tmp_path: Path, damage: str) -> None:
-        pair, certificate, _ = self_signed(tmp_path)
+        certificate, pair, _ = self_signed(tmp_path)
         cert_path, key_path = write_pair(tmp_path)
         contents = {
             "empty": b"",
@@ -165,10 +182,10 @@ class TestSelfSigned:
         with capture_logs() as logs:
             assert self_signed(tmp_path).made
         assert [line["because"] for line in logs] == ["the kept one is damaged"]
-        server_context(pair, pair)
+        server_context(certificate, pair)
 
     def test_the_certificate_for_clients_follows_the_pair(self, tmp_path: Path) -> None:
-        pair, certificate, _ = self_signed(tmp_path)
+        certificate, pair, _ = self_signed(tmp_path)
         certificate.write_bytes(b"stale")
         assert not self_signed(tmp_path).made
         assert der(certificate) == der(pair)
@@ -181,7 +198,7 @@ class TestSelfSigned:
         monkeypatch.setattr(socket, "getfqdn", lambda: "1.0.0.ip6.arpa")
         monkeypatch.setattr(socket, "gethostname", lambda: "my phone")
         monkeypatch.setattr(Path, "read_text", unknown)
-        certificate = x509.load_pem_x509_certificate(self_signed(tmp_path).certificate.read_bytes())
+        certificate = x509.load_pem_x509_certificate(self_signed(tmp_path).cert.read_bytes())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         assert names.get_values_for_type(x509.DNSName) == ["localhost"]
 

@@ -1,0 +1,101 @@
+"""The event loop: uvloop with aiofastnet's TLS where they can be had, and the deadlines uvicorn does not set."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import resource
+import socket
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+TLS_HANDSHAKE_DEADLINE = 10.0
+"""Seconds a client has for its TLS handshake; the event loops allow 60."""
+TLS_SHUTDOWN_DEADLINE = 5.0
+"""Seconds a client has to answer our closing of TLS; the event loops allow 30, which draining would wait for."""
+
+KEEPALIVE_IDLE = 30
+"""Seconds of silence before the first keepalive probe."""
+KEEPALIVE_INTERVAL = 10
+"""Seconds between probes."""
+KEEPALIVE_PROBES = 3
+"""Probes without an answer that end a connection: a dead peer is gone after a minute."""
+USER_TIMEOUT_MS = 60_000
+"""Milliseconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, RFC 5482); keepalive does not probe then."""
+
+
+def new_event_loop(
+    *,
+    tls_handshake_deadline: float = TLS_HANDSHAKE_DEADLINE,
+    tls_shutdown_deadline: float = TLS_SHUTDOWN_DEADLINE,
+) -> asyncio.AbstractEventLoop:
+    """Make the fastest event loop to be had here: uvloop, else asyncio's; under it aiofastnet, if it is there.
+
+    It is also set as the thread's current loop, as `asyncio.Runner` expects of a factory.
+
+    Args:
+        tls_handshake_deadline: For every TLS server on it that names none; s.
+        tls_shutdown_deadline: Likewise.
+    """
+    uvloop = _import("uvloop")
+    loop: asyncio.AbstractEventLoop = asyncio.new_event_loop() if uvloop is None else uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    aiofastnet = _import("aiofastnet")
+    if aiofastnet is not None:
+        aiofastnet.patch_loop(loop)
+    tls = {"ssl_handshake_timeout": tls_handshake_deadline, "ssl_shutdown_timeout": tls_shutdown_deadline}
+    # setattr: to a type checker a method is not there to be replaced.
+    setattr(loop, "create_server", partial(_create_server, loop.create_server, tls))  # noqa: B010
+    return loop
+
+
+async def _create_server(
+    create_server: Callable[..., Any], tls: dict[str, float], *args: Any, ssl: Any = None, **options: Any
+) -> asyncio.Server:
+    # The deadlines are errors for a server without TLS.
+    if ssl is not None:
+        options = {**tls, **options}
+    server: asyncio.Server = await create_server(*args, ssl=ssl, **options)
+    return server
+
+
+def _import(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def tune(sock: socket.socket) -> None:
+    """Set up an accepted connection: frames leave at once, and a peer that has vanished is found out within a minute.
+
+    Pings cannot do that: the platform answers none of them.
+
+    Args:
+        sock: A TCP socket, or asyncio's view of one.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
+    ):
+        # Each is Linux's name; other systems lack one or the other.
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def raise_open_file_limit() -> int:
+    """Allow this process as many open files as it may have: the usual 1,024 would end at a thousand streams.
+
+    Returns:
+        The limit now in force.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
