@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -420,9 +420,13 @@ def _convert_value(annotation: Any, origin: Any, text: str) -> Any:
 
 
 def _describe(annotation: Any) -> str:
-    """Write a type as its annotation reads."""
+    """Write a type as its annotation reads, or the choices it leaves."""
+    if get_origin(annotation) is Annotated:
+        return _describe(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
-        return " | ".join(repr(choice) for choice in get_args(annotation))
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return " | ".join(annotation.__members__)
     return inspect.formatannotation(annotation).replace("pathlib.", "")
 
 
