@@ -3,7 +3,7 @@
 import numpy
 from setuptools import Extension, setup
 
-KERNELS = ["g711", "g722", "resample"]
+KERNELS = ["g711", "g722", "l16", "resample"]
 
 setup(
     ext_modules=[

@@ -14,6 +14,7 @@
 
 #include "g711.h"
 #include "g722.h"
+#include "l16.h"
 #include "resample.h"
 
 static PyObject *CodecError; /* streamsink.errors.CodecError */
@@ -250,9 +251,7 @@ static PyObject *g711_object_encode(PyObject *object, PyObject *argument)
 
 typedef struct {
     codec_object head;
-    char swap;     /* the wire's byte order is not this machine's */
-    char is_odd;   /* decoder: an odd octet waits for the next payload */
-    uint8_t odd;
+    l16 state;
 } l16_object;
 
 #define L16_FRAME 960 /* samples in 20 ms at 48 kHz, the highest rate */
@@ -268,57 +267,27 @@ static PyObject *l16_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
         return PyErr_Format(CodecError, "L16 has the byte orders little and big, got %.20s", order);
     PyObject *self = codec_alloc(type);
     if (self)
-        ((l16_object *)self)->swap = (char)(is_big == (NPY_BYTE_ORDER == NPY_LITTLE_ENDIAN));
+        ((l16_object *)self)->state = (l16){.is_big = (uint8_t)is_big};
     return self;
 }
 
-static void l16_copy(uint8_t *out, const uint8_t *in, size_t samples, int swap)
-{
-    if (!swap) {
-        memcpy(out, in, 2 * samples);
-        return;
-    }
-    for (size_t i = 0; i < samples; i++) {
-        uint16_t x;
-        memcpy(&x, in + 2 * i, sizeof x);
-        x = (uint16_t)(x >> 8 | x << 8);
-        memcpy(out + 2 * i, &x, sizeof x);
-    }
-}
-
-static void l16_unpack(l16_object *self, const payload *in, int16_t *samples, size_t n)
-{
-    uint8_t *out = (uint8_t *)samples;
-    const uint8_t *from = in->octets, *end = in->octets + in->size;
-    if (self->is_odd && n) {
-        uint8_t pair[2] = {self->odd, *from++};
-        l16_copy(out, pair, 1, self->swap);
-        out += 2;
-        n--;
-        self->is_odd = 0;
-    }
-    l16_copy(out, from, n, self->swap);
-    if (from + 2 * n != end) {
-        self->odd = end[-1];
-        self->is_odd = 1;
-    }
-}
-
-static PyObject *l16_decode(PyObject *object, PyObject *argument)
+static PyObject *l16_object_decode(PyObject *object, PyObject *argument)
 {
     l16_object *self = (l16_object *)object;
     payload in;
     if (!payload_take(&in, argument))
         return NULL;
-    size_t samples = (in.size + (size_t)self->is_odd) / 2;
+    size_t samples = (in.size + self->state.is_odd) / 2;
     PyObject *out = idle(&self->head) ? new_samples(samples) : NULL;
-    if (out)
-        RUN(self, samples > L16_FRAME, l16_unpack(self, &in, samples_of(out), samples));
+    if (out) {
+        int16_t *to = samples_of(out);
+        RUN(self, samples > L16_FRAME, l16_decode(&self->state, in.octets, in.size, to));
+    }
     payload_drop(&in);
     return out;
 }
 
-static PyObject *l16_encode(PyObject *object, PyObject *argument)
+static PyObject *l16_object_encode(PyObject *object, PyObject *argument)
 {
     l16_object *self = (l16_object *)object;
     size_t samples;
@@ -328,7 +297,7 @@ static PyObject *l16_encode(PyObject *object, PyObject *argument)
     PyObject *out = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(2 * samples));
     if (out) {
         uint8_t *octets = (uint8_t *)PyBytes_AsString(out);
-        RUN(self, samples > L16_FRAME, l16_copy(octets, (const uint8_t *)in, samples, self->swap));
+        RUN(self, samples > L16_FRAME, l16_encode(&self->state, in, samples, octets));
     }
     return out;
 }
@@ -479,8 +448,7 @@ static PyObject *resampler_object_delay(PyObject *object, void *ignored)
 static PyObject *l16_byteorder(PyObject *object, void *ignored)
 {
     (void)ignored;
-    int is_little = (NPY_BYTE_ORDER == NPY_LITTLE_ENDIAN) != ((l16_object *)object)->swap;
-    return PyUnicode_FromString(is_little ? "little" : "big");
+    return PyUnicode_FromString(((l16_object *)object)->state.is_big ? "big" : "little");
 }
 
 static PyObject *byteorder(PyObject *object, void *ignored)
@@ -504,8 +472,8 @@ static PyMethodDef g722_decoder_methods[] = {{"decode", g722_decoder_decode, MET
 static PyMethodDef g722_encoder_methods[] = {{"encode", g722_encoder_encode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
 static PyMethodDef g711_decoder_methods[] = {{"decode", g711_object_decode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
 static PyMethodDef g711_encoder_methods[] = {{"encode", g711_object_encode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
-static PyMethodDef l16_decoder_methods[] = {{"decode", l16_decode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
-static PyMethodDef l16_encoder_methods[] = {{"encode", l16_encode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
+static PyMethodDef l16_decoder_methods[] = {{"decode", l16_object_decode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
+static PyMethodDef l16_encoder_methods[] = {{"encode", l16_object_encode, METH_O, NULL}, {NULL, NULL, 0, NULL}};
 static PyMethodDef resampler_methods[] = {
     {"push", resampler_object_push, METH_O, NULL},
     {"flush", resampler_object_flush, METH_NOARGS, NULL},

@@ -61,7 +61,7 @@ resample_filter *resample_design(uint32_t rate_in, uint32_t rate_out)
         return NULL;
     *filter = (resample_filter){
         .rate_in = rate_in, .rate_out = rate_out, .up = up, .down = down, .taps = taps,
-        .history = taps + (down + up - 1) / up, .tail = (uint32_t)ceil(delay), .phases = phases,
+        .history = taps + (down + up - 1) / up, .tail = (uint32_t)ceil(delay + 2.0 * down / up) - 1, .phases = phases,
     };
     for (uint32_t phase = 0; phase <= phases; phase++) {
         float *row = filter->table + (size_t)phase * taps;

@@ -13,7 +13,7 @@ typedef struct {
     uint32_t up, down;          /* the rates without their common divisor */
     uint32_t taps;              /* input samples that make one output sample, a multiple of 4 */
     uint32_t history;           /* input samples kept between pushes */
-    uint32_t tail;              /* zeros that push the last input sample through */
+    uint32_t tail;              /* zeros that bring the output up to the last input sample's delayed place */
     uint32_t phases;            /* rows of the table less the last; `up` of them, or fewer to interpolate between */
     float table[];              /* (phases + 1) rows of `taps` coefficients, for the oldest input sample first */
 } resample_filter;

@@ -187,8 +187,7 @@ def test_any_buffer_of_octets_is_a_payload(text: str) -> None:
 
 
 def misaligned() -> Samples:
-    samples: Samples = np.zeros(9, np.uint8)[1:].view(np.int16)
-    return samples
+    return np.ndarray(4, np.int16, bytes(9), 1)
 
 
 @pytest.mark.parametrize("text", ["PCMU", "PCMA", "G722", "L16"])
@@ -201,7 +200,7 @@ def misaligned() -> Samples:
         (np.zeros(4, np.uint16), r"expected samples of dtype int16 in native byte order, got dtype uint16"),
         (np.zeros(4, ">i2"), r"expected samples of dtype int16 in native byte order, got dtype >i2"),
         (np.zeros((4, 1), np.int16), r"expected samples of shape \(n,\), got an array of 2 dimensions"),
-        (np.int16([[1], [2]])[0, 0], r"expected samples as a numpy array of int16, got <class 'numpy\.int16'>"),
+        (np.int16(1), r"expected samples as a numpy array of int16, got <class 'numpy\.int16'>"),
         (np.zeros((), np.int16), r"expected samples of shape \(n,\), got an array of 0 dimensions"),
         (np.zeros(8, np.int16)[::2], r"expected contiguous, aligned samples, got a stride of 4 bytes; copy them first"),
         (np.zeros(8, np.int16)[::-1], r"expected contiguous, aligned samples, got a stride of -2 bytes; copy .*"),
@@ -221,7 +220,8 @@ def test_frames_as_processors_see_them_can_be_encoded() -> None:
 
 def speech_like(rate: int, seconds: float, peak: int) -> Samples:
     n = np.arange(int(rate * seconds))
-    return (peak * np.sin(n * 0.05) * np.sin(n * 0.003)).astype(np.int16)
+    samples: Samples = (peak * np.sin(n * 0.05) * np.sin(n * 0.003)).astype(np.int16)
+    return samples
 
 
 @pytest.mark.parametrize("peak", [3, 300, 32_000])
@@ -242,9 +242,9 @@ def test_auto_reads_silence_as_little_and_waits() -> None:
     decoder = AutoL16Decoder(8000)
     for _ in range(100):
         decoder.decode(bytes(320))
-    assert decoder.byteorder == "little"
+    orders = [decoder.byteorder]
     decoder.decode(speech_like(8000, 0.1, 9000).astype(">i2").tobytes())
-    assert decoder.byteorder == "big"
+    assert [*orders, decoder.byteorder] == ["little", "big"]
 
 
 def test_auto_is_little_on_a_tie() -> None:
@@ -272,7 +272,5 @@ def test_ten_thousand_of_each() -> None:
 
 def test_an_unbuilt_checkout_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "streamsink._codecs", None)
-    with pytest.raises(
-        ImportError, match=r"^streamsink's C extension is not built: run `pip install -e \.` in the chec"
-    ):
+    with pytest.raises(ImportError, match=r"extension is not built: run `pip install -e \.` in the checkout$"):
         runpy.run_path(codec.__file__)

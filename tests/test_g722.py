@@ -35,7 +35,8 @@ def own_input() -> Samples:
     triangle = np.abs(phase - 32_768) - 16_384
     noise = (n * 1_103_515_245 + 12_345) // 65_536 % 4096 - 2048
     loudness = n * 3
-    return np.clip((triangle + noise) * loudness // 32_768, -32_768, 32_767).astype(np.int16)
+    samples: Samples = np.clip((triangle + noise) * loudness // 32_768, -32_768, 32_767).astype(np.int16)
+    return samples
 
 
 def speech() -> Samples:
@@ -43,7 +44,7 @@ def speech() -> Samples:
     if not path.exists():
         pytest.skip(f"no speech in {path.parent}")
     samples: Samples = soundfile.read(path, dtype="int16")[0]
-    return samples[: len(samples) // 320 * 320]  # FFmpeg's encoder fills up its last frame
+    return samples[: len(samples) // 320 * 320].copy()  # FFmpeg's encoder fills up its last frame
 
 
 def signals() -> dict[str, Samples]:
