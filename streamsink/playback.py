@@ -15,7 +15,7 @@ import enum
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Generator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -149,6 +149,8 @@ class Playback:
         self._sending: list[Playout] = []
         self._marks_behind_partial: list[str] = []
         self._far_end = 0.0
+        # When audio was last queued.
+        self._fed_at = 0.0
         # How much later than modelled the far end plays, learned from mark echoes, in seconds.
         self._lag = 0.0
         self._pending_marks: deque[tuple[str, float]] = deque()
@@ -180,6 +182,7 @@ class Playback:
             raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate}")
         playout = Playout(self, np.ascontiguousarray(samples), rate)
         self._queue.append(playout)
+        self._fed_at = self.clock()
         self._advance_and_wake()
         return playout
 
@@ -265,18 +268,18 @@ class Playback:
         """Send frames of this many milliseconds from now on."""
         self.codec = self.codec.with_ptime(ptime)
 
-    def set_byteorder(self, byteorder: str) -> None:
+    def set_byteorder(self, byteorder: Literal["little", "big"]) -> None:
         """Encode L16 in this byte order from now on."""
-        self._encoder = self.codec.encoder("big" if byteorder == "big" else "little")
+        self._encoder = self.codec.encoder(byteorder)
 
     @property
     def due(self) -> float | None:
         """When :meth:`advance` wants to be called next; None when nothing is waiting."""
         times = []
         if self._writable and self._queue:
-            times.append(self._far_end - LEAD)
+            times.append(self._far_end + self._frame_seconds - self._lead)
         elif self._writable and (len(self._partial) or self._resampler is not None):
-            times.append(self._far_end - self._frame_seconds)
+            times.append(self._flush_at)
         if self._sent:
             times.append(self._sent[0].end + self._lag)
         times += [playout._end for playout in self._finishing if playout._future is not None][:1]
@@ -284,7 +287,7 @@ class Playback:
 
     def advance(self, now: float) -> None:
         """Send every frame and mark that is due, and settle what has been heard."""
-        while self._writable and self._far_end - now < LEAD - _EPSILON:
+        while self._writable and self._far_end + self._frame_seconds - now <= self._lead + _EPSILON:
             frame = self._next_frame(now)
             if frame is None:
                 break
@@ -300,6 +303,19 @@ class Playback:
     @property
     def _frame_seconds(self) -> float:
         return self.codec.ptime / 1000
+
+    @property
+    def _lead(self) -> float:
+        return max(LEAD, 2 * self._frame_seconds)
+
+    @property
+    def _flush_at(self) -> float:
+        """When less than a frame leaves, with silence behind it.
+
+        By then the listener is about to hear the queue's end, and whoever fills the queue in small pieces has had a
+        frame's time for the next one.
+        """
+        return max(self._far_end - self._frame_seconds, self._fed_at + self._frame_seconds)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -327,9 +343,8 @@ class Playback:
             frame, self._partial = self._partial[:wanted], self._partial[wanted:]
             return frame
         unfinished = len(self._partial) or self._resampler is not None
-        if not unfinished or self._far_end - now > self._frame_seconds + _EPSILON:
+        if not unfinished or now < self._flush_at - _EPSILON:
             return None
-        # The queue has run dry in mid-frame and the listener is about to hear that: silence fills the frame.
         if self._resampler is not None:
             self._append(self._resampler.flush()[: wanted - len(self._partial)])
             self._resampler = None
@@ -442,6 +457,7 @@ class Pacer:
         # What each playback is waiting for; a heap entry that differs is stale.
         self._due: dict[Playback, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._armed_at = 0.0
         self._count = 0
 
     def wake(self, playback: Playback) -> None:
@@ -483,9 +499,11 @@ class Pacer:
             return
         at = self._heap[0][0]
         if self._timer is not None:
-            if self._timer.when() <= at:
+            if self._armed_at <= at:
                 return
             self._timer.cancel()
+        # Kept here: uvloop's handle for a time that has come does not tell it.
+        self._armed_at = at
         self._timer = self._loop.call_at(at, self._on_timer)
 
     def _on_timer(self) -> None:

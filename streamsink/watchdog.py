@@ -74,5 +74,5 @@ class Watchdog:
             return reported
         frame = sys._current_frames().get(self._loop_thread)
         stack = "".join(traceback.format_stack(frame)[-8:]) if frame is not None else ""
-        log.error("event loop blocked", seconds=round(now - beaten_at - BEAT, 3), stack=stack)
+        log.error("event loop blocked", seconds=round(now - beaten_at - BEAT, 3), exception=stack)
         return beaten_at

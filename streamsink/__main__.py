@@ -1,0 +1,5 @@
+"""``python -m streamsink`` is ``streamsink``."""
+
+from streamsink.cli import main
+
+main()

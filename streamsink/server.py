@@ -1,0 +1,332 @@
+"""The endpoint as a whole: one port, its sessions, and the way it ends.
+
+uvicorn listens and speaks HTTP; upgrades go to :class:`~streamsink.connection.Connection`. SIGTERM only marks
+draining: the listener stays open for 503s, a failing readyz and late webhooks until the last stream has ended or the
+deadline has come; then uvicorn's own shutdown runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from streamsink import tls
+from streamsink.auth import (
+    ADMIN_TOKEN_FILE,
+    STATUS_SECRET_FILE,
+    STREAM_TOKEN_FILE,
+    TokenBook,
+    make_or_load_token,
+)
+from streamsink.config import Settings, Token
+from streamsink.connection import Connection
+from streamsink.errors import ConfigError
+from streamsink.loop import new_event_loop, raise_open_file_limit
+from streamsink.metrics import Metrics
+from streamsink.plugins import Plugin, find
+from streamsink.session import Endpoint
+from streamsink.watchdog import Watchdog
+from streamsink.web.app import Web
+from streamsink.web.http import HEAD_LIMIT, HttpProtocol
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 2048
+HOUSEKEEPING = 1.0
+"""Seconds between looks at the certificate's files and at silent streams."""
+STOP_SECONDS = 15.0
+"""Seconds for processors to finish once their streams are closed: on_stop may take ten."""
+
+
+class Access(NamedTuple):
+    """The secrets of an endpoint, and where those lie that it made itself."""
+
+    tokens: TokenBook | None
+    """None: no token is asked for."""
+    made_token: str | None
+    """The stream token, where none was given and it may be shown."""
+    token_file: Path | None
+    admin: TokenBook
+    admin_file: Path | None
+    status_secret: str
+
+
+def access(settings: Settings) -> Access:
+    """Collect the secrets, making those that are not given.
+
+    Raises:
+        ConfigError: A kept one cannot be read or written.
+    """
+    made_token = token_file = admin_file = None
+    tokens = None
+    if not settings.no_auth:
+        given = list(settings.tokens)
+        if not given:
+            made_token, token_file, _ = make_or_load_token(settings.state, STREAM_TOKEN_FILE)
+            given = [Token(name="default", value=made_token)]  # type: ignore[arg-type]
+        tokens = TokenBook(given)
+    admin_token = settings.admin_token
+    if admin_token is None:
+        value, admin_file, _ = make_or_load_token(settings.state, ADMIN_TOKEN_FILE)
+        admin = TokenBook([Token(name="admin", value=value)])  # type: ignore[arg-type]
+    else:
+        admin = TokenBook([Token(name="admin", value=admin_token)])
+    secret, _, _ = make_or_load_token(settings.state, STATUS_SECRET_FILE)
+    return Access(tokens, made_token, token_file, admin, admin_file, secret)
+
+
+class Server:
+    """A streamsink endpoint.
+
+    Args:
+        settings: What to serve and how; the defaults when left out.
+
+    Raises:
+        ConfigError: A certificate, token file or setting cannot be used.
+        ProcessorError: A pipeline names a processor that cannot be found or built.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings if settings is not None else Settings()
+        self.access = access(self.settings)
+        self.metrics = Metrics()
+        self.pipelines: dict[str, list[Plugin]] = {
+            name: [find(spec) for spec in pipeline.processors] for name, pipeline in self.settings.pipelines.items()
+        }
+        self.certificate: Path | None = None
+        self._context: ssl.SSLContext | None = None
+        self._reloader: tls.CertificateReloader | None = None
+        if not self.settings.no_tls:
+            self._load_certificate()
+        self._socket: socket.socket | None = None
+        self._endpoint: Endpoint | None = None
+        self._uvicorn: _Uvicorn | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._watchdog: Watchdog | None = None
+        self._hurry = asyncio.Event()
+
+    def _load_certificate(self) -> None:
+        cert, key = self.settings.cert, self.settings.key
+        if cert is None or key is None:
+            host = urlsplit(self.settings.public_url).hostname if self.settings.public_url else None
+            made = tls.self_signed(self.settings.state, [host] if host else [])
+            cert, key = made.cert, made.key
+        self.certificate = cert
+        self._context = tls.server_context(cert, key)
+        self._reloader = tls.CertificateReloader(self._context, cert, key)
+
+    # --- Where it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """What the sessions share; there once the server has started."""
+        assert self._endpoint is not None, "the server has not been started"
+        return self._endpoint
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        assert self._socket is not None, "the server has not been started"
+        return int(self._socket.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """The URL that reaches it on this machine."""
+        scheme = "ws" if self.settings.no_tls else "wss"
+        host = self.settings.host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/"
+
+    @property
+    def public_url(self) -> str:
+        """The URL a platform is told: the setting, or this machine's name and the port."""
+        if self.settings.public_url:
+            return self.settings.public_url
+        host = self.settings.host
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        scheme = "ws" if self.settings.no_tls else "wss"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/"
+
+    # --- Start -------------------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Take the port.
+
+        Raises:
+            ConfigError: It cannot be had.
+        """
+        host, port = self.settings.host, self.settings.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host and --port"
+            ) from None
+        self._socket.setblocking(False)
+
+    async def start(self) -> None:
+        """Listen. Streams are taken from here on.
+
+        Raises:
+            ConfigError: The port cannot be had.
+        """
+        if self._socket is None:
+            self.bind()
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
+        loop.set_exception_handler(_on_loop_exception)
+        self.metrics.watch(endpoint.sessions)
+        web = Web(endpoint, self.access.admin, self.access.status_secret)
+        self._uvicorn = _Uvicorn(self._uvicorn_config(web.app(), endpoint))
+        self._tasks = [
+            asyncio.create_task(self._uvicorn.serve(sockets=[self._socket])),
+            asyncio.create_task(self._housekeeping()),
+        ]
+        await self._uvicorn.listening.wait()
+        self._watchdog = Watchdog(loop, self.metrics.observe_lag)
+        self._watchdog.start()
+        # What is imported and made by now stays: a full collection would walk it, 7 ms, again and again.
+        gc.collect()
+        gc.freeze()
+
+    def _uvicorn_config(self, app: ASGIApp, endpoint: Endpoint) -> uvicorn.Config:
+        # uvicorn builds these classes itself, so what they need beyond its own arguments hangs on the class.
+        ws = type("EndpointConnection", (Connection,), {"endpoint": endpoint, "tokens": self.access.tokens})
+        http = type("EndpointHttp", (HttpProtocol,), {"deadline": self.settings.head_deadline})
+        context = self._context
+        return uvicorn.Config(
+            app,
+            http=http,
+            ws=ws,
+            ssl_context_factory=None if context is None else lambda config, default: context,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=HEAD_LIMIT,
+        )
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING)
+            if self._reloader is not None:
+                self._reloader.check()
+            now = self.endpoint.clock()
+            for session in list(self.endpoint.sessions):
+                session.check_silence(now)
+
+    # --- End ---------------------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Take no more streams and wait until the live ones have ended, ``drain_seconds`` at most."""
+        self.endpoint.draining = True
+        log.info("draining", streams=len(self.endpoint.sessions), seconds=self.settings.drain_seconds)
+        waiting = [asyncio.ensure_future(self._streams_ended()), asyncio.ensure_future(self._hurry.wait())]
+        await asyncio.wait(waiting, timeout=self.settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+    async def _streams_ended(self) -> None:
+        while self.endpoint.sessions:
+            await next(iter(self.endpoint.sessions)).done.wait()
+
+    async def stop(self) -> None:
+        """End: close what is still open with 1001, let processors finish, close the port."""
+        self.endpoint.draining = True
+        for session in list(self.endpoint.sessions):
+            session.close(1001, "the endpoint is shutting down", "shutdown")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._streams_ended()
+        assert self._uvicorn is not None
+        self._uvicorn.should_exit = True
+        serving, housekeeping = self._tasks
+        housekeeping.cancel()
+        await serving
+        with contextlib.suppress(asyncio.CancelledError):
+            await housekeeping
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        log.info("stopped")
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def serve(self) -> None:
+        """Start, run until SIGTERM or SIGINT, drain and stop. A second signal ends the draining."""
+        loop = asyncio.get_running_loop()
+        told = asyncio.Event()
+
+        def on_signal() -> None:
+            if told.is_set():
+                self._hurry.set()
+            told.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            await self.start()
+            self.started()
+            await told.wait()
+            await self.drain()
+            await self.stop()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def started(self) -> None:
+        """Called by :meth:`serve` once the port is open; a program may override it to say so."""
+
+    def run(self) -> None:
+        """Serve on an event loop of its own until SIGTERM or SIGINT.
+
+        Raises:
+            ConfigError: The port cannot be had.
+        """
+        raise_open_file_limit()
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(self.serve())
+
+
+def _on_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what the event loop reports; a TLS handshake that fails is a stranger's affair and no error of ours."""
+    if str(context.get("message", "")).startswith("SSL handshake failed"):
+        log.debug("TLS handshake failed", cause=str(context.get("exception")))
+    else:
+        loop.default_exception_handler(context)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handling, which would end the process by the signal instead of with status 0."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()

@@ -1,0 +1,469 @@
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamsink.audio import Samples
+from streamsink.codec import CodecSpec
+from streamsink.errors import CodecError, StreamClosed
+from streamsink.playback import LEAD, Outcome, Pacer, Playback, Played
+from streamsink.wire import EndpointMessage, Writer, decode_endpoint
+
+
+class FarEnd:
+    """What a playback has sent, on a clock the test turns."""
+
+    def __init__(self, codec: str = "L16@8000h", listen: bool = False) -> None:
+        self.now = 100.0
+        self.spec = CodecSpec.parse(codec)
+        self.sent: list[EndpointMessage] = []
+        self.woken = 0
+        self.heard: list[tuple[float, int]] = []
+        self.playback = Playback(self.spec, Writer("s"), self._send, self._wake, lambda: self.now)
+        if listen:
+            self.playback.on_played = lambda samples, at: self.heard.append((round(at, 3), len(samples)))
+
+    def _send(self, text: bytes) -> None:
+        self.sent.append(decode_endpoint(text))
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def run(self, seconds: float) -> None:
+        """Turn the clock, calling advance at each due time as the pacer does."""
+        until = self.now + seconds
+        for _ in range(10_000):
+            due = self.playback.due
+            if due is None or due > until:
+                break
+            self.now = max(self.now, due)
+            self.playback.advance(self.now)
+        else:
+            raise AssertionError("advance() does not move its own due time")
+        self.now = until
+
+    @property
+    def frames(self) -> int:
+        return sum(1 for message in self.sent if message.event == "media")
+
+    @property
+    def audio(self) -> Samples:
+        decoder = self.spec.decoder()
+        return np.concatenate([decoder.decode(m.media.payload) for m in self.sent if m.media is not None])
+
+    @property
+    def events(self) -> str:
+        """One letter a message: m for media, k for mark, c for clear, d for dtmf."""
+        return "".join({"media": "m", "mark": "k", "clear": "c", "dtmf": "d"}[message.event] for message in self.sent)
+
+
+def tone(count: int) -> Samples:
+    return (np.arange(1, count + 1) % 30_000).astype(np.int16)
+
+
+def test_a_frame_played_on_an_idle_stream_leaves_at_once() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(tone(160), 8000)
+    assert far_end.events == "m"
+    assert far_end.audio.tolist() == tone(160).tolist()
+    assert far_end.playback.due is None
+
+
+def test_audio_is_sent_as_long_as_the_lead_allows_and_then_at_its_own_pace() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(tone(8000), 8000)
+    assert far_end.frames == 5
+    times: list[float] = []
+    while far_end.playback.due is not None and len(times) < 100:
+        far_end.now = far_end.playback.due
+        far_end.playback.advance(far_end.now)
+        times.append(round(far_end.now - 100, 3))
+    # The pace is absolute: a frame each 20 ms from the start, never drifting.
+    assert times == [round(k * 0.02, 3) for k in range(1, 46)]
+    assert far_end.frames == 50
+    assert far_end.audio.tolist() == tone(8000).tolist()
+
+
+def test_a_late_tick_sends_what_fell_due_meanwhile() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(tone(8000), 8000)
+    far_end.now += 0.06
+    far_end.playback.advance(far_end.now)
+    assert far_end.frames == 5 + 3
+
+
+def test_pieces_of_any_size_join_without_a_seam() -> None:
+    far_end = FarEnd()
+    audio = tone(1600)
+    for start in range(0, 1600, 70):
+        far_end.playback.play(audio[start : start + 70], 8000)
+    far_end.run(1)
+    assert far_end.audio.tolist() == audio.tolist()
+
+
+def test_a_last_frame_that_is_not_full_waits_for_more_and_then_leaves_with_silence() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(tone(200), 8000)
+    assert far_end.frames == 1
+    assert far_end.playback.due == pytest.approx(100.02)
+    far_end.run(1)
+    assert far_end.audio.tolist() == tone(200).tolist() + [0] * 120
+
+
+def test_another_rate_is_resampled_across_pieces() -> None:
+    far_end = FarEnd()
+    audio = (8000 * np.sin(np.arange(24_000) * 2 * np.pi * 440 / 24_000)).astype(np.int16)
+    for start in range(0, 24_000, 999):
+        far_end.playback.play(audio[start : start + 999], 24_000)
+    far_end.run(3)
+    heard = far_end.audio.astype(float)
+    # One second and the filter's tail, in whole frames.
+    assert len(heard) == 8160
+    delay = 18
+    expected = 8000 * np.sin((np.arange(7000) - 0) * 2 * np.pi * 440 / 8000)
+    errors = [np.abs(heard[shift + 500 : shift + 7000] - expected[500:]).max() for shift in range(2 * delay)]
+    assert min(errors) < 100
+
+
+def test_rates_may_alternate() -> None:
+    far_end = FarEnd()
+    for rate in (8000, 16_000, 24_000, 8000):
+        far_end.playback.play(tone(rate // 10), rate)
+    far_end.run(2)
+    # Four times 100 ms, and at most the tails of two filters.
+    assert 3200 <= len(far_end.audio) <= 3200 + 160
+
+
+async def test_a_playout_tells_when_it_was_heard() -> None:
+    far_end = FarEnd()
+    playout = far_end.playback.play(tone(1600), 8000)
+    waiter = asyncio.ensure_future(_wait(playout))
+    await asyncio.sleep(0)
+    far_end.run(0.05)
+    assert playout.played_ms == 50
+    assert not waiter.done()
+    far_end.run(0.2)
+    assert await waiter == Played(Outcome.FINISHED, 200)
+    assert await playout == Played(Outcome.FINISHED, 200)
+    assert playout.played_ms == 200
+
+
+async def _wait(playout: Any) -> Played:
+    result: Played = await playout
+    return result
+
+
+async def test_a_waiter_that_gives_up_does_not_end_it_for_others() -> None:
+    far_end = FarEnd()
+    playout = far_end.playback.play(tone(160), 8000)
+    first, second = (asyncio.ensure_future(_wait(playout)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    far_end.run(0.1)
+    assert await second == Played(Outcome.FINISHED, 20)
+
+
+async def test_an_empty_playout_ends_when_what_is_before_it_does() -> None:
+    far_end = FarEnd()
+    assert await _run_with(far_end, far_end.playback.play(tone(0), 8000)) == Played(Outcome.FINISHED, 0)
+    far_end.playback.play(tone(320), 8000)
+    assert await _run_with(far_end, far_end.playback.play(tone(0), 16_000)) == Played(Outcome.FINISHED, 0)
+
+
+async def _run_with(far_end: FarEnd, playout: Any) -> Played:
+    waiter = asyncio.ensure_future(_wait(playout))
+    await asyncio.sleep(0)
+    far_end.run(1)
+    return await waiter
+
+
+async def test_cancel_takes_out_its_own_audio_and_what_followed_moves_up() -> None:
+    far_end = FarEnd()
+    first = far_end.playback.play(tone(1600), 8000)
+    far_end.playback.play(np.full(160, 7, np.int16), 8000)
+    far_end.run(0.02)
+    first.cancel()
+    far_end.run(1)
+    heard = far_end.audio
+    assert heard[:960].tolist() == tone(1600)[:960].tolist()
+    assert heard[960:].tolist() == [7] * 160
+    # 20 ms were heard when it was cancelled.
+    assert await first == Played(Outcome.CANCELLED, 20)
+    first.cancel()
+    assert await first == Played(Outcome.CANCELLED, 20)
+
+
+async def test_cancel_of_what_waits_in_the_queue() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(tone(1600), 8000)
+    second = far_end.playback.play(tone(160), 8000)
+    second.cancel()
+    far_end.run(1)
+    assert far_end.frames == 10
+    assert await second == Played(Outcome.CANCELLED, 0)
+
+
+async def test_clear_drops_all_in_one_step() -> None:
+    far_end = FarEnd()
+    first = far_end.playback.play(tone(1600), 8000)
+    far_end.playback.mark("sent?")
+    second = far_end.playback.play(tone(100), 8000)
+    far_end.run(0.05)
+    assert far_end.playback.clear() == ["sent?"]
+    assert far_end.events == "m" * 7 + "c"
+    assert await first == Played(Outcome.INTERRUPTED, 50)
+    assert await second == Played(Outcome.INTERRUPTED, 0)
+    far_end.run(1)
+    assert far_end.events == "m" * 7 + "c"
+    # What comes after starts at once: the far end's queue is empty.
+    far_end.playback.play(tone(160), 8000)
+    assert far_end.events == "m" * 7 + "cm"
+
+
+async def test_clear_leaves_what_was_heard_finished() -> None:
+    far_end = FarEnd()
+    first = far_end.playback.play(tone(160), 8000)
+    far_end.now += 0.03
+    far_end.playback.clear()
+    assert await first == Played(Outcome.FINISHED, 20)
+
+
+def test_marks_leave_behind_the_audio_before_them() -> None:
+    far_end = FarEnd()
+    far_end.playback.mark("at once")
+    far_end.playback.play(tone(200), 8000)
+    far_end.playback.mark("behind")
+    far_end.playback.play(tone(440), 8000)
+    far_end.run(1)
+    assert far_end.events == "kmmkmm"
+    assert [m.mark.name for m in far_end.sent if m.mark is not None] == ["at once", "behind"]
+
+
+def test_an_echo_resolves_its_mark_once() -> None:
+    far_end = FarEnd()
+    far_end.playback.mark("m")
+    assert far_end.playback.mark_echoed("m", far_end.now)
+    assert not far_end.playback.mark_echoed("m", far_end.now)
+    assert not far_end.playback.mark_echoed("never sent", far_end.now)
+
+
+def test_a_late_echo_of_a_cleared_mark_is_none_of_a_new_one() -> None:
+    far_end = FarEnd()
+    far_end.playback.mark("m")
+    assert far_end.playback.clear() == ["m"]
+    far_end.playback.mark("m")
+    assert not far_end.playback.mark_echoed("m", far_end.now)
+    assert far_end.playback.mark_echoed("m", far_end.now)
+
+
+def test_marks_of_one_name_resolve_in_order() -> None:
+    far_end = FarEnd()
+    for name in ("a", "b", "a"):
+        far_end.playback.mark(name)
+    assert far_end.playback.mark_echoed("b", far_end.now)
+    assert far_end.playback.clear() == ["a", "a"]
+
+
+async def test_close_ends_everything() -> None:
+    far_end = FarEnd()
+    playout = far_end.playback.play(tone(1600), 8000)
+    far_end.playback.mark("m")
+    far_end.run(0.04)
+    assert far_end.playback.close() == ["m"]
+    assert await playout == Played(Outcome.CLOSED, 40)
+    for use in (
+        lambda: far_end.playback.play(tone(1), 8000),
+        lambda: far_end.playback.mark("m"),
+        lambda: far_end.playback.clear(),
+        lambda: far_end.playback.dtmf("1"),
+    ):
+        with pytest.raises(StreamClosed, match="the stream has ended"):
+            use()
+
+
+def test_a_digit_overtakes_the_queue() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(tone(8000), 8000)
+    far_end.playback.dtmf("#")
+    assert far_end.events == "mmmmmd"
+
+
+def test_a_socket_that_takes_no_more_holds_audio_back() -> None:
+    far_end = FarEnd()
+    far_end.playback.set_writable(False)
+    far_end.playback.play(tone(160), 8000)
+    assert far_end.events == ""
+    assert far_end.playback.due is None
+    far_end.playback.set_writable(True)
+    assert far_end.events == "m"
+
+
+def test_the_ptime_may_change() -> None:
+    far_end = FarEnd("PCMU")
+    far_end.playback.play(tone(160), 8000)
+    far_end.playback.set_ptime(40)
+    far_end.playback.play(tone(320), 8000)
+    assert [len(m.media.payload) for m in far_end.sent if m.media is not None] == [160, 320]
+
+
+def test_l16_goes_out_in_the_byte_order_asked_for() -> None:
+    far_end = FarEnd("L16@8000h")
+    far_end.playback.play(np.full(160, 0x0102, np.int16), 8000)
+    far_end.playback.set_byteorder("big")
+    far_end.playback.play(np.full(160, 0x0102, np.int16), 8000)
+    first, second = (m.media.payload for m in far_end.sent if m.media is not None)
+    assert (first[:2], second[:2]) == (b"\x02\x01", b"\x01\x02")
+
+
+def test_what_was_heard_is_reported_when_its_time_has_passed() -> None:
+    far_end = FarEnd(listen=True)
+    far_end.playback.play(tone(480), 8000)
+    assert far_end.heard == []
+    far_end.run(0.045)
+    assert far_end.heard == [(100.0, 160), (100.02, 160)]
+    far_end.run(0.5)
+    assert far_end.heard == [(100.0, 160), (100.02, 160), (100.04, 160)]
+
+
+def test_a_clear_cuts_what_was_heard_where_the_listener_is() -> None:
+    far_end = FarEnd(listen=True)
+    far_end.playback.play(tone(480), 8000)
+    far_end.run(0.03)
+    far_end.playback.clear()
+    assert far_end.heard == [(100.0, 160), (100.02, 80)]
+    far_end.playback.play(tone(160), 8000)
+    far_end.playback.clear()
+    assert far_end.heard == [(100.0, 160), (100.02, 80)]
+
+
+def test_an_echo_that_comes_late_makes_hearing_later() -> None:
+    far_end = FarEnd(listen=True)
+    far_end.playback.play(tone(160), 8000)
+    far_end.playback.mark("m")
+    far_end.playback.play(tone(160), 8000)
+    # The first frame ends at 100.02; its echo comes 15 ms after that.
+    assert far_end.playback.mark_echoed("m", 100.035)
+    far_end.run(0.2)
+    assert far_end.heard == [(100.015, 160), (100.035, 160)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (np.zeros(160, np.float32), 8000, r"wants a mono int16 array of shape \(n,\), got float32 array of shape"),
+        (np.zeros((160, 2), np.int16), 8000, r"got int16 array of shape \(160, 2\)"),
+        (b"\x00\x00", 8000, "got <class 'bytes'>"),
+        (np.zeros(160, np.int16), 4000, "wants a rate of 8000 to 192000 Hz, got 4000"),
+    ],
+)
+def test_audio_that_cannot_be_played_is_refused(samples: Any, rate: int, message: str) -> None:
+    with pytest.raises(CodecError, match=message):
+        FarEnd().playback.play(samples, rate)
+
+
+def test_a_strided_array_is_played_as_it_reads() -> None:
+    far_end = FarEnd()
+    stereo = np.stack([tone(160), np.zeros(160, np.int16)], axis=1)
+    far_end.playback.play(stereo[:, 0], 8000)
+    assert far_end.audio.tolist() == tone(160).tolist()
+
+
+# --- The pacer ---
+
+
+class Timers:
+    """The part of an event loop a pacer uses, on a clock the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.scheduled: list[Timer] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> "Timer":
+        timer = Timer(when, callback)
+        self.scheduled.append(timer)
+        return timer
+
+    def run(self, until: float) -> None:
+        while live := [t for t in self.scheduled if not t.cancelled and t.at <= until]:
+            timer = min(live, key=lambda t: t.at)
+            self.scheduled.remove(timer)
+            self.now = max(self.now, timer.at)
+            timer.callback()
+        self.now = until
+
+
+class Timer:
+    def __init__(self, at: float, callback: Callable[[], None]) -> None:
+        self.at = at
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Paced:
+    """Playbacks driven by a real pacer."""
+
+    def __init__(self, streams: int) -> None:
+        self.loop = Timers()
+        self.late: list[float] = []
+        self.pacer = Pacer(self.loop, self.late.append)  # type: ignore[arg-type]
+        self.sent: list[list[float]] = [[] for _ in range(streams)]
+        self.playbacks = [self._playback(index) for index in range(streams)]
+
+    def _playback(self, index: int) -> Playback:
+        spec = CodecSpec.parse("PCMU")
+        made: list[Playback] = []
+        made.append(
+            Playback(
+                spec,
+                Writer(str(index)),
+                lambda text: self.sent[index].append(self.loop.now) if "media" in json.loads(text) else None,
+                lambda: self.pacer.wake(made[0]),
+                self.loop.time,
+            )
+        )
+        return made[0]
+
+
+def test_the_pacer_drives_many_streams_each_on_its_own_deadlines() -> None:
+    paced = Paced(3)
+    for index, playback in enumerate(paced.playbacks):
+        paced.loop.run(100 + index * 0.007)
+        playback.play(tone(1600), 8000)
+    paced.loop.run(101)
+    for index, times in enumerate(paced.sent):
+        begin = 100 + index * 0.007
+        expected = [begin] * 5 + [begin + k * 0.02 for k in range(1, 6)]
+        assert times == pytest.approx(expected, abs=Pacer.SLACK * 2 + 1e-6)
+    assert max(paced.late) < 0.003
+
+
+def test_a_forgotten_playback_is_left_alone() -> None:
+    paced = Paced(1)
+    paced.playbacks[0].play(tone(8000), 8000)
+    paced.pacer.forget(paced.playbacks[0])
+    paced.loop.run(102)
+    assert len(paced.sent[0]) == 5
+
+
+def test_a_late_tick_is_told() -> None:
+    paced = Paced(1)
+    paced.playbacks[0].play(tone(1600), 8000)
+    timer = paced.loop.scheduled[-1]
+    paced.loop.now = 100.5
+    timer.callback()
+    assert paced.late == [pytest.approx(0.48)]
+    assert len(paced.sent[0]) == 10
+
+
+def test_lead_is_a_tenth_of_a_second() -> None:
+    assert LEAD == 0.1
