@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise ImportError("streamsink's C extension is not built: run `pip install -e .` in the checkout") from error
 
-__all__ = ["AutoL16Decoder", "ByteOrder", "CodecSpec", "Decoder", "Encoder", "Resampler"]
+__all__ = ["PTIMES", "AutoL16Decoder", "ByteOrder", "CodecSpec", "Decoder", "Encoder", "Resampler"]
 
 ByteOrder = Literal["little", "big", "auto"]
 """How L16's two octets lie on the wire; ``auto`` finds out by listening."""
@@ -91,7 +91,9 @@ _RATES: Final = {
 }
 
 _MODIFIER: Final = re.compile(r"([0-9]{1,9})([hibc])", re.ASCII | re.IGNORECASE)
-_PTIME: Final = range(10, 121)
+PTIMES: Final = range(10, 121)
+"""Packet times a stream may have, in milliseconds."""
+
 
 
 def _quoted(text: object) -> str:
@@ -108,8 +110,8 @@ def _checked_rate(name: str, rate: int, where: str) -> int:
 
 
 def _checked_ptime(rate: int, ptime: int, where: str) -> int:
-    if ptime not in _PTIME:
-        raise CodecError(f"expected a ptime from {_PTIME[0]} to {_PTIME[-1]} ms, got {ptime}{where}")
+    if ptime not in PTIMES:
+        raise CodecError(f"expected a ptime from {PTIMES[0]} to {PTIMES[-1]} ms, got {ptime}{where}")
     if rate * ptime % 1000:
         raise CodecError(f"{ptime} ms at {rate} Hz is no whole number of samples{where}")
     return ptime

@@ -19,7 +19,7 @@ import structlog
 
 from streamsink import wire
 from streamsink.audio import Frame, Samples, Track
-from streamsink.codec import CodecSpec
+from streamsink.codec import PTIMES, CodecSpec
 from streamsink.config import Settings
 from streamsink.errors import BadMessage, CodecError, ProcessorError, ProtocolError
 from streamsink.metrics import Metrics
@@ -335,8 +335,9 @@ class Session:
         assert self._playback is not None
         self._media_epoch = now - len(samples) / self._codec.rate
         ptime, rest = divmod(len(samples) * 1000, self._codec.rate)
-        if not rest and ptime != self._codec.ptime:
+        if not rest and ptime in PTIMES and ptime != self._codec.ptime:
             self._codec = self._codec.with_ptime(ptime)
+            self.stream.codec = self._codec  # type: ignore[union-attr]
             self._playback.set_ptime(ptime)
 
     def _dtmf(self, message: wire.Dtmf) -> None:

@@ -385,14 +385,15 @@ async def test_the_first_frame_tells_the_ptime() -> None:
     peer, probe = await opened(Host())
     peer.media(bytes(320))
     assert probe.stream is not None
+    assert str(probe.stream.codec) == "PCMU@8000h@40i"
     probe.stream.play(np.zeros(640, np.int16), 8000)
     assert [len(base64.b64decode(m["media"]["payload"])) for m in peer.outlet.sent] == [320, 320]
 
 
-async def test_a_first_frame_of_no_whole_ptime_changes_nothing() -> None:
+@pytest.mark.parametrize("size", [1, 161, 8 * 500])
+async def test_a_first_frame_of_no_usual_ptime_changes_nothing(size: int) -> None:
     peer, probe = await opened(Host())
-    peer.media(bytes(161))
-    peer.media(bytes(8 * 500))
+    peer.media(bytes(size))
     assert probe.stream is not None
     probe.stream.play(np.zeros(160, np.int16), 8000)
     assert len(base64.b64decode(peer.outlet.sent[0]["media"]["payload"])) == 160
