@@ -130,7 +130,7 @@ class Playback:
         wake: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        self.codec = codec
+        self._set_codec(codec)
         self.clock = clock
         self.wake = wake
         # Whoever wants to know what was heard sets this; frames are kept only then.
@@ -266,7 +266,14 @@ class Playback:
 
     def set_ptime(self, ptime: int) -> None:
         """Send frames of this many milliseconds from now on."""
-        self.codec = self.codec.with_ptime(ptime)
+        self._set_codec(self.codec.with_ptime(ptime))
+
+    def _set_codec(self, codec: CodecSpec) -> None:
+        self.codec = codec
+        self._frame_samples = codec.frame_samples
+        self._frame_seconds = codec.ptime / 1000
+        # The far end may have this much queued when a frame is sent.
+        self._room = max(LEAD, 2 * self._frame_seconds) - self._frame_seconds + _EPSILON
 
     def set_byteorder(self, byteorder: Literal["little", "big"]) -> None:
         """Encode L16 in this byte order from now on."""
@@ -277,7 +284,7 @@ class Playback:
         """When :meth:`advance` wants to be called next; None when nothing is waiting."""
         times = []
         if self._writable and self._queue:
-            times.append(self._far_end + self._frame_seconds - self._lead)
+            times.append(self._far_end - self._room + _EPSILON)
         elif self._writable and (len(self._partial) or self._resampler is not None):
             times.append(self._flush_at)
         if self._sent:
@@ -287,26 +294,18 @@ class Playback:
 
     def advance(self, now: float) -> None:
         """Send every frame and mark that is due, and settle what has been heard."""
-        while self._writable and self._far_end + self._frame_seconds - now <= self._lead + _EPSILON:
+        while self._writable and self._far_end - now <= self._room:
             frame = self._next_frame(now)
             if frame is None:
                 break
             self._send_frame(frame, now)
-        if not len(self._partial):
+        if self._sending and not len(self._partial):
             self._settle_sent()
         self._report_played(now)
         while self._finishing and self._finishing[0]._end <= now + _EPSILON:
             self._finishing.popleft()._finish(Outcome.FINISHED, now)
 
     # --- Inside ---
-
-    @property
-    def _frame_seconds(self) -> float:
-        return self.codec.ptime / 1000
-
-    @property
-    def _lead(self) -> float:
-        return max(LEAD, 2 * self._frame_seconds)
 
     @property
     def _flush_at(self) -> float:
@@ -328,7 +327,9 @@ class Playback:
 
     def _next_frame(self, now: float) -> Samples | None:
         """The next frame's samples, or None when none is due; marks with no audio before them leave here."""
-        wanted = self.codec.frame_samples
+        wanted = self._frame_samples
+        if not self._queue and not len(self._partial) and self._resampler is None:
+            return None
         while len(self._partial) < wanted and self._queue:
             item = self._queue[0]
             if isinstance(item, _QueuedMark):

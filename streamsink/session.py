@@ -301,7 +301,7 @@ class Session:
         if len(self._tracks) > 1:
             others = [other for other in self._tracks.values() if other is not clock]
             missing = self._shared_counter.lost(clock, chunk, missing, others)
-        self._shared_counter.saw(chunk, clock.track)
+            self._shared_counter.saw(chunk, clock.track)
         self.frames_lost += clock.accept(chunk, missing, now)
 
         samples = clock.decoder.decode(media.payload)
@@ -325,7 +325,10 @@ class Session:
         assert self._codec is not None
         decoder = self._codec.decoder(self.endpoint.settings.l16_byteorder)
         # Tracks run side by side: a later one begins where the first one's newest frame did.
-        position = max((clock.position - clock.length for clock in self._tracks.values()), default=0)
+        position = 0
+        for first in self._tracks.values():
+            position = first.position - first.length
+            self._shared_counter.saw(first.expected() - 1, first.track)
         clock = self._tracks[name] = TrackClock(track, decoder, self._codec.rate, position, now)
         return clock
 
