@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib
+import math
+import os
 import resource
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
 
 TLS_HANDSHAKE_DEADLINE = 10.0
 """Seconds a client has for its TLS handshake; the event loops allow 60."""
@@ -33,6 +41,10 @@ USER_TIMEOUT_MS = 60_000
 """Milliseconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, RFC 5482); keepalive does not probe then."""
 
 
+# Seconds between two log lines about the same shortage.
+_TELL_AGAIN = 10.0
+
+
 def new_event_loop(
     *,
     tls_handshake_deadline: float = TLS_HANDSHAKE_DEADLINE,
@@ -54,19 +66,75 @@ def new_event_loop(
     if aiofastnet is not None:
         aiofastnet.patch_loop(loop)
         tls |= {"ssl_incoming_bio_size": TLS_BUFFER, "ssl_outgoing_bio_size": TLS_BUFFER}
+    wrap = _Listener.over if aiofastnet is not None else None
     # setattr: to a type checker a method is not there to be replaced.
-    setattr(loop, "create_server", partial(_create_server, loop.create_server, tls))  # noqa: B010
+    setattr(loop, "create_server", partial(_create_server, loop.create_server, tls, wrap))  # noqa: B010
     return loop
 
 
 async def _create_server(
-    create_server: Callable[..., Any], tls: dict[str, float], *args: Any, ssl: Any = None, **options: Any
+    create_server: Callable[..., Any],
+    tls: dict[str, float],
+    wrap: Callable[[socket.socket], socket.socket] | None,
+    *args: Any,
+    ssl: Any = None,
+    sock: socket.socket | None = None,
+    **options: Any,
 ) -> asyncio.Server:
     # All of these are errors for a server without TLS.
     if ssl is not None:
         options = {**tls, **options}
-    server: asyncio.Server = await create_server(*args, ssl=ssl, **options)
+    if sock is not None and wrap is not None:
+        sock = wrap(sock)
+    server: asyncio.Server = await create_server(*args, ssl=ssl, sock=sock, **options)
     return server
+
+
+class _Listener(socket.socket):
+    """A listening socket that turns connections away when the process has no file descriptor left for them.
+
+    aiofastnet 1.2 trips over itself there: it asks the socket, not the loop, to stop watching. The loop would spin on a
+    connection it cannot take, and log it 100,000 times a second.
+    """
+
+    _listening: socket.socket
+    _spare: int
+    _told_at: float
+
+    @classmethod
+    def over(cls, listening: socket.socket) -> _Listener:
+        """Take over a socket, which can still be asked for its address, and is closed with this one."""
+        listener = cls(fileno=os.dup(listening.fileno()))
+        listener._listening = listening
+        listener._spare = os.open(os.devnull, os.O_RDONLY)
+        listener._told_at = -math.inf
+        return listener
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Take a connection, or close it at once and say that it was aborted, which loops pass over."""
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            cause = error
+        # One descriptor is held back, so that the waiting connection can be taken off the queue.
+        os.close(self._spare)
+        try:
+            super().accept()[0].close()
+        finally:
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        if time.monotonic() - self._told_at > _TELL_AGAIN:
+            self._told_at = time.monotonic()
+            log.error("turned connections away: no file descriptor left; raise the limit of open files (ulimit -n)")
+        raise ConnectionAbortedError from cause
+
+    def close(self) -> None:
+        """Close it, what it took over and what was held back."""
+        if self.fileno() >= 0:
+            os.close(self._spare)
+            self._listening.close()
+        super().close()
 
 
 def _import(name: str) -> ModuleType | None:

@@ -1,5 +1,6 @@
 import asyncio
 import importlib
+import os
 import resource
 import socket
 import ssl
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from streamsink.loop import new_event_loop, raise_open_file_limit, tune
 from streamsink.tls import self_signed, server_context
@@ -115,6 +117,58 @@ def test_a_server_without_tls_takes_no_deadline(factory: Callable[..., asyncio.A
 
     with asyncio.Runner(loop_factory=factory) as runner:
         assert runner.run(main()) == b"hello"
+
+
+CLIENT = """
+import socket, sys
+connections = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(60)]
+echoed = 0
+for connection in connections:
+    connection.settimeout(20)
+    try:
+        connection.sendall(b"x")
+        echoed += len(connection.recv(1))
+    except ConnectionError:
+        pass
+print(echoed)
+"""
+
+
+def test_connections_beyond_the_open_file_limit_are_turned_away_and_later_ones_served() -> None:
+    reported: list[dict[str, object]] = []
+
+    async def main() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reported.append(context))
+        bound = socket.create_server(("127.0.0.1", 0), backlog=100)
+        server = await loop.create_server(Echo, sock=bound)
+        counts = []
+        for limit in (40, soft):
+            client = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", CLIENT, str(address(server)[1]), stdout=asyncio.subprocess.PIPE
+            )
+            taken = os.dup(0)
+            os.close(taken)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, taken + limit), hard))
+            async with asyncio.timeout(40):
+                output, _ = await client.communicate()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            counts.append(int(output))
+        server.close()
+        return counts[0], counts[1]
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with capture_logs() as logs, asyncio.Runner(loop_factory=new_event_loop) as runner:
+            limited, unlimited = runner.run(main())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert 0 < limited < 60
+    assert unlimited == 60
+    assert reported == []
+    assert [(line["log_level"], line["event"].partition(":")[0]) for line in logs] == [
+        ("error", "turned connections away")
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the names of these options are Linux's")
