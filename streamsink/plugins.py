@@ -427,7 +427,7 @@ def _describe(annotation: Any) -> str:
         return " | ".join(str(choice) for choice in get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return " | ".join(annotation.__members__)
-    return inspect.formatannotation(annotation).replace("pathlib.", "")
+    return re.sub(r"\bpathlib\.(_local\.)?", "", inspect.formatannotation(annotation))
 
 
 def _listing(name: str, origin: str, cls: type[Processor]) -> Listing:

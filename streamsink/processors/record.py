@@ -147,6 +147,8 @@ class Record(Processor):
             OSError: Something could not be written.
         """
         sidecar = self._recording.sidecar
+        # The packet time is known from the first frame on.
+        sidecar.codec = str(self._stream.codec)
         sidecar.close_code = self._stream.close_code
         sidecar.close_reason = self._stream.close_reason
         sidecar.complete = reason != "error" and not self._stray
