@@ -28,7 +28,12 @@ int SSL_get_error(const SSL *ssl, int result);
 int SSL_has_pending(const SSL *ssl);
 void ERR_clear_error(void);
 
-enum { SSL_ERROR_WANT_READ = 2, SSL_CTRL_SET_READ_AHEAD = 41 };
+enum {
+    SSL_ERROR_WANT_READ = 2,
+    SSL_CTRL_MODE = 33,
+    SSL_CTRL_SET_READ_AHEAD = 41,
+    SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER = 2,
+};
 
 enum {
     OUT = 256,   /* frames of a stream that may be out at once: 5 s of them */
@@ -87,6 +92,8 @@ struct load *load_new(const unsigned char *frames, int frames_size, int frame_si
     struct load *load = calloc(1, sizeof *load);
     load->ctx = SSL_CTX_new(TLS_client_method());
     SSL_CTX_ctrl(load->ctx, SSL_CTRL_SET_READ_AHEAD, 1, NULL); /* a record's head and body in one recv */
+    /* When a socket takes no more, the next frame, as long as the one that waits, is given in its stead. */
+    SSL_CTX_ctrl(load->ctx, SSL_CTRL_MODE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, NULL);
     load->epoll = epoll_create1(EPOLL_CLOEXEC);
     load->frames = (struct bytes){frames, frames_size};
     load->frame_size = frame_size;

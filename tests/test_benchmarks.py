@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as report
-from benchmarks import bench_endpoint
+from benchmarks import bench_endpoint, bench_path
 from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
 from benchmarks.load import Step, cpu_seconds, masked_frame, media_text, resident_bytes
+from streamsink.codec import CodecSpec
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the benchmarks read Linux's /proc")
 
@@ -36,9 +37,10 @@ def a_step(streams: int, p99_ms: float = 1.0, lost: int = 0, cut: int = 0, wrong
 
 
 @pytest.mark.parametrize("name", list(SERVERS))
-def test_every_server_echoes_everything(name: str) -> None:
+def test_every_server_echoes_everything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "picows":
         pytest.importorskip("picows")
+    monkeypatch.setattr(bench_endpoint, "WARMUP", 0.2)
     with running(SERVERS[name], SERVERS[name].memory_arguments) as (pid, port):
         result = load(pid, port, [2, 5], seconds=0.5)
     assert [(step.streams, step.lost, step.cut, step.wrong) for step in result.steps] == [(2, 0, 0, 0), (5, 0, 0, 0)]
@@ -127,6 +129,19 @@ def test_a_process_is_read() -> None:
     sum(range(1_000_000))
     assert cpu_seconds(os.getpid()) > before
     assert resident_bytes(os.getpid()) > 1_000_000
+
+
+@pytest.mark.parametrize("codec", ["PCMU", "L16@24000h@40i"])
+async def test_every_stage_of_the_path_is_timed(codec: str) -> None:
+    timings = await bench_path.stages(CodecSpec.parse(codec), blocks=2)
+    both_ways = {"in", "out", *bench_path.IN, *bench_path.OUT, "floor in", "floor out", "resample"}
+    assert timings.keys() == both_ways
+    assert len({line.count("|") for line in bench_path.tables({codec: timings}).splitlines() if codec in line}) == 2
+
+
+async def test_a_codec_at_the_asked_rate_is_not_resampled() -> None:
+    timings = await bench_path.stages(CodecSpec.parse("G722"), blocks=1)
+    assert "resample" not in timings
 
 
 def test_the_report_names_the_machine_but_not_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
