@@ -13,7 +13,7 @@ from pathlib import Path
 from scipy.signal import remez
 
 OVERSAMPLING = 32
-WIDTH = 40  # periods of the lower rate: 2.5 ms of delay at 8 kHz
+WIDTH = 43  # periods of the lower rate: 2.7 ms of delay at 8 kHz
 STOPBAND_EDGES = [0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16]
 STOPBAND_WEIGHT = 74  # of its edge, against the passband's 1
 

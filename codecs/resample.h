@@ -11,10 +11,12 @@
 typedef struct {
     uint32_t rate_in, rate_out; /* Hz */
     uint32_t up, down;          /* the rates without their common divisor */
-    uint32_t taps;              /* input samples that make one output sample, a multiple of 4 */
+    uint32_t whole, part;       /* down / up: input samples from one output to the next, and the rest in 1/up */
+    uint32_t taps;              /* input samples that make one output sample, a multiple of 8 */
     uint32_t history;           /* input samples kept between pushes */
     uint32_t tail;              /* zeros that bring the output up to the last input sample's delayed place */
     uint32_t phases;            /* rows of the table less the last; `up` of them, or fewer to interpolate between */
+    void (*dot4)(const float *const *x, const float *const *c, size_t taps, float *out); /* this machine's fastest */
     float table[];              /* (phases + 1) rows of `taps` coefficients, for the oldest input sample first */
 } resample_filter;
 

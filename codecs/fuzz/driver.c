@@ -8,7 +8,7 @@
 #include <time.h>
 
 #define POOL 64
-#define MOST 8192 /* octets of an input */
+#define MOST 4096 /* octets of an input */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
