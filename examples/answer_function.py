@@ -1,22 +1,16 @@
-"""The same as a loop, with `streamsink serve -p examples/answer_function.py:answer`."""
-
-from collections.abc import AsyncIterator
-
 import numpy as np
 
-from streamsink import Frame, Stream, processor
+import streamsink
 
 
-@processor(sample_rate=16_000)
-async def answer(stream: Stream, frames: AsyncIterator[Frame], *, pause: float = 0.5, loud: int = 500) -> None:
+@streamsink.processor(sample_rate=16_000)
+async def answer(stream, frames, *, pause: float = 0.5):
     """Says again what it heard as soon as the caller pauses."""
-    said: list[np.ndarray] = []
-    quiet = 0.0
+    said, quiet = [], 0
     async for frame in frames:
-        speaking = frame.samples.max() > loud
-        quiet = 0.0 if speaking else quiet + frame.duration_ms / 1000
-        if speaking or said:
+        quiet = 0 if frame.samples.max() > 500 else quiet + frame.duration_ms
+        if said or not quiet:
             said.append(frame.samples)
-        if said and quiet >= pause:
-            stream.play(np.concatenate(said), frame.sample_rate)
+        if said and quiet >= pause * 1000:
+            await stream.play(np.concatenate(said), frame.sample_rate)
             said = []

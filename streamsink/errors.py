@@ -24,7 +24,7 @@ class StreamsinkError(Exception):
     close_code: int = 1011
 
 
-class ConfigError(StreamsinkError):
+class ConfigError(StreamsinkError, ValueError):
     """A setting is unknown or has a value that cannot be used; the message names key and source."""
 
 

@@ -1,0 +1,121 @@
+"""What a new user does, with real processes on a real TLS port: serve, simulate, listen."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from streamsink.audio import Samples
+from streamsink.codec import CodecSpec
+from streamsink.simulator import encode_payloads, read_audio
+
+ROOT = Path(__file__).parents[1]
+SPEECH = ROOT / "tests/data/speech.wav"
+CODECS = ["PCMU", "PCMA@40i", "G722", "L16@16000h", "L16@24000h@40i"]
+
+
+class Served:
+    """`python -m streamsink` as its own process."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.recordings = folder / "recordings"
+        self.state = folder / "state"
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "streamsink", "--port", "0", "--recordings", str(self.recordings)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--state", str(self.state), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        assert self.process.stdout is not None
+        first = self.process.stdout.readline()
+        match = re.match(r"listening on (wss?)://[^/]*:(\d+)/", first)
+        assert match is not None, first + self.log.read_text()
+        self.url = f"{match[1]}://localhost:{match[2]}/"
+
+    def simulate(self, *arguments: str, file: Path = SPEECH) -> dict[str, Any]:
+        command = [sys.executable, "-m", "streamsink", "simulate", str(file), "--json", "--url", self.url]
+        result = subprocess.run(
+            [*command, "--state", str(self.state), *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert result.returncode == 0, result.stderr + self.log.read_text()
+        report: dict[str, Any] = json.loads(result.stdout)
+        return report
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+
+def reference(codec: str) -> tuple[Samples, int]:
+    """What a decoder makes of what the simulator sends."""
+    spec = CodecSpec.parse(codec)
+    payloads = encode_payloads(read_audio(SPEECH, spec.rate), spec)
+    return spec.decoder().decode(b"".join(payloads)), spec.rate
+
+
+@pytest.mark.timeout(120)
+def test_every_codec_is_recorded_to_the_sample(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    for codec in CODECS:
+        report = served.simulate("--codec", codec, "--name", codec, "--param", "agent=7")
+        assert (report["lost"], report["close_code"]) == (0, 1000)
+    assert served.stop() == 0
+    assert "Traceback" not in served.log.read_text()
+    assert len(list(served.recordings.iterdir())) == 2 * len(CODECS)
+    for codec in CODECS:
+        (sidecar,) = [p for p in served.recordings.glob("*.json") if json.loads(p.read_text())["name"] == codec]
+        told = json.loads(sidecar.read_text())
+        samples, rate = soundfile.read(sidecar.with_suffix(".wav"), dtype="int16")
+        expected, expected_rate = reference(codec)
+        assert rate == told["sample_rate"] == expected_rate
+        assert samples.tolist() == expected.tolist()
+        assert told["duration_seconds"] == pytest.approx(len(expected) / rate)
+        assert told["codec"] == str(CodecSpec.parse(codec))
+        assert (told["gaps"], told["complete"], told["close_code"]) == ([], True, 1000)
+        assert told["custom_parameters"] == {"agent": "7"}
+
+
+@pytest.mark.timeout(120)
+def test_echo_loses_nothing_at_a_hundred_streams(tmp_path: Path) -> None:
+    served = Served(tmp_path, "-p", "echo")
+    report = served.simulate("--streams", "100", "--expect-echo", "--seconds", "2")
+    assert (report["streams"], report["frames_sent"], report["frames_received"], report["lost"]) == (
+        100,
+        10_000,
+        10_000,
+        0,
+    )
+    assert served.stop() == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_processor_of_ones_own_is_heard(tmp_path: Path) -> None:
+    quiet = tmp_path / "question.wav"
+    speech, rate = soundfile.read(SPEECH, dtype="int16")
+    soundfile.write(quiet, np.concatenate([speech[:16_000], np.zeros(rate * 2, np.int16)]), rate)
+    served = Served(tmp_path, "-p", f"{ROOT}/examples/answer.py:Answer:pause=0.3")
+    served.simulate("--codec", "L16@16000h", "--save", str(tmp_path / "reply.wav"), file=quiet)
+    assert served.stop() == 0
+    reply, _ = soundfile.read(tmp_path / "reply.wav", dtype="int16")
+    # What comes back is what was said, sample for sample, later.
+    said = speech[:16_000][np.argmax(speech > 500) // 320 * 320 :][:3200]
+    at = int(np.argmax(np.correlate(reply.astype(float), said.astype(float), "valid")))
+    assert at > 16_000
+    assert reply[at : at + 3200].tolist() == said.tolist()
