@@ -140,14 +140,16 @@ resample_filter *resample_design(uint32_t rate_in, uint32_t rate_out)
         .rate_in = rate_in, .rate_out = rate_out, .up = up, .down = down, .taps = taps,
         .whole = down / up, .part = down % up, .dot4 = fastest_dot4(), .history = taps + (down + up - 1) / up, .tail = (uint32_t)ceil(delay + 2.0 * down / up) - 1, .phases = phases,
     };
-    for (uint32_t phase = 0; phase <= phases; phase++) {
-        float *row = filter->table + (size_t)phase * taps;
-        double sum = 0;
-        for (uint32_t i = 0; i < taps; i++)
-            sum += prototype(((double)phase / phases + (taps - 1 - i) - delay) / period);
-        for (uint32_t i = 0; i < taps; i++) /* every phase passes a constant exactly, so none hums */
-            row[i] = (float)(prototype(((double)phase / phases + (taps - 1 - i) - delay) / period) / sum);
-    }
+    double sum = 0;
+    for (uint32_t phase = 0; phase <= phases; phase++)
+        for (uint32_t i = 0; i < taps; i++) {
+            double value = prototype(((double)phase / phases + (taps - 1 - i) - delay) / period);
+            filter->table[(size_t)phase * taps + i] = (float)value;
+            sum += phase < phases ? value : 0;
+        }
+    float scale = (float)(phases / sum); /* a constant comes out as itself */
+    for (size_t i = 0; i < (size_t)(phases + 1) * taps; i++)
+        filter->table[i] *= scale;
     return filter;
 }
 
