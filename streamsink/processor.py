@@ -31,7 +31,8 @@ HOOK_TIMEOUT = 10.0
 SLOW_CALL = 0.005
 """Seconds; an ``on_frame`` call above this is too slow for the event loop."""
 SLOW_CALLS = 5
-"""Slow calls after which a processor is retired."""
+SLOW_WITHIN = 10.0
+"""So many slow calls within so many seconds retire a processor. Over an hour, a busy machine alone makes as many."""
 
 
 class MarkOutcome(enum.Enum):
@@ -235,7 +236,7 @@ class _Guard:
         self.held: deque[Callable[[], None]] | None = deque()
         self.alive = True
         self.retired = False
-        self.slow = 0
+        self.slow: deque[float] = deque(maxlen=SLOW_CALLS)
         self.started: asyncio.Task[None] | None = None
         self.stopping: asyncio.Task[None] | None = None
         self.log = log
@@ -260,10 +261,12 @@ class _Guard:
         except _FAILURES as error:
             self._retire("on_frame", error)
             return
-        if self.clock() - before > SLOW_CALL:
-            self.slow += 1
-            if self.slow >= SLOW_CALLS:
-                self._retire("on_frame", f"took longer than {SLOW_CALL * 1000:g} ms {SLOW_CALLS} times")
+        after = self.clock()
+        if after - before > SLOW_CALL:
+            self.slow.append(after)
+            if len(self.slow) == SLOW_CALLS and after - self.slow[0] <= SLOW_WITHIN:
+                limits = f"{SLOW_CALL * 1000:g} ms {SLOW_CALLS} times within {SLOW_WITHIN:g} s"
+                self._retire("on_frame", f"took longer than {limits}")
 
     def call(self, hook: str, *args: Any) -> None:
         """Call any other hook that is a plain function."""

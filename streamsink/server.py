@@ -105,6 +105,10 @@ class Server:
         self.pipelines: dict[str, list[Plugin]] = {
             name: [find(spec) for spec in pipeline.processors] for name, pipeline in self.settings.pipelines.items()
         }
+        for plugins in self.pipelines.values():
+            for plugin in plugins:
+                # Options that do not fit are told now, not by every stream.
+                plugin.build()
         self.certificate: Path | None = None
         self._context: ssl.SSLContext | None = None
         self._reloader: tls.CertificateReloader | None = None

@@ -198,8 +198,9 @@ def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
 
 
 def _read_certificate(path: Path) -> x509.Certificate:
+    content = _read(path)
     try:
-        return x509.load_pem_x509_certificates(_read(path))[0]
+        return x509.load_pem_x509_certificates(content)[0]
     except ValueError as error:
         raise ConfigError(f"{path}: no certificate in PEM form is in it, or it is damaged: {error}") from None
 

@@ -12,7 +12,7 @@ import pytest
 import streamsink
 from streamsink.audio import Frame, Track
 from streamsink.codec import Resampler
-from streamsink.processor import SLOW_CALL, SLOW_CALLS, Chain, Frames, MarkOutcome, Processor
+from streamsink.processor import SLOW_CALL, SLOW_CALLS, SLOW_WITHIN, Chain, Frames, MarkOutcome, Processor
 from streamsink.stream import Stream
 from tests.streams import Counts, counting, frame, make_stream
 
@@ -291,6 +291,25 @@ async def test_slow_calls_retire_a_processor(slow_calls: int, errors: list[str],
     assert dawdler.seen == [START, *(("frame", start) for start in frames), ERROR if errors else STOP]
     assert healthy.seen == [START, *(("frame", start) for start in range(20)), STOP]
     assert counts.errors == errors
+
+
+async def test_slow_calls_far_apart_retire_nobody(stream: Stream) -> None:
+    clock, counts = Clock(), Counts()
+
+    class Dawdler(Witness):
+        def on_frame(self, frame: Frame) -> None:
+            super().on_frame(frame)
+            clock.now += SLOW_CALL * 1.01
+
+    dawdler = Dawdler()
+    chain = chain_of(dawdler, counts=counts, clock=clock)
+    chain.start(stream)
+    await turn()
+    for start in range(100):
+        clock.now += SLOW_WITHIN / (SLOW_CALLS - 1)
+        chain.frame(frame(counting(0, 1), start))
+    await chain.stop("stop")
+    assert (counts.errors, len(dawdler.seen)) == ([], 102)
 
 
 @pytest.mark.parametrize("obedient", [True, False])
