@@ -77,6 +77,8 @@ class Connection(asyncio.Protocol):
         # Frames to send when the bytes of one read are through; None outside of that.
         self._corked: list[bytes] | None = None
         self._closing = False
+        # While more is unsent than WRITE_HIGH_WATER.
+        self._stalled = False
         self._timers: list[asyncio.TimerHandle] = []
         self._ping_timer: asyncio.TimerHandle | None = None
 
@@ -128,11 +130,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The peer does not read: audio waits."""
+        self._stalled = True
         if self._session is not None:
             self._session.writable(False)
 
     def resume_writing(self) -> None:
         """The peer reads again."""
+        self._stalled = False
         if self._session is not None:
             self._session.writable(True)
 
@@ -351,11 +355,10 @@ class Connection(asyncio.Protocol):
                 self._write(data)
 
     def _write(self, data: bytes) -> None:
-        if self._transport.is_closing():
-            return
         self._transport.write(data)
-        if self._transport.get_write_buffer_size() > 4 * WRITE_HIGH_WATER:
+        if self._stalled and self._transport.get_write_buffer_size() > 4 * WRITE_HIGH_WATER:
             log.warning("peer does not read: connection dropped", client=self._client)
+            self._closing = True
             self._transport.abort()
 
     def _linger(self, seconds: float) -> None:
