@@ -469,3 +469,25 @@ def test_a_late_tick_is_told() -> None:
 
 def test_lead_is_a_tenth_of_a_second() -> None:
     assert LEAD == 0.1
+
+
+async def test_the_earliest_due_time_wins() -> None:
+    paced = Paced(2)
+    patient = asyncio.ensure_future(_wait(paced.playbacks[0].play(tone(800), 8000)))
+    await asyncio.sleep(0)
+    paced.playbacks[1].play(tone(1600), 8000)
+    paced.loop.run(100.05)
+    assert len(paced.sent[1]) == 7
+    assert not patient.done()
+    paced.loop.run(100.2)
+    assert await patient == Played(Outcome.FINISHED, 100)
+
+
+def test_a_playback_with_nothing_due_is_not_waited_for() -> None:
+    paced = Paced(1)
+    paced.playbacks[0].play(tone(1600), 8000)
+    paced.playbacks[0].set_writable(False)
+    paced.pacer.wake(paced.playbacks[0])
+    paced.loop.run(101)
+    assert len(paced.sent[0]) == 5
+    assert paced.late == []

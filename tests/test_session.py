@@ -620,7 +620,7 @@ async def test_a_wrong_array_is_the_processors_own_error() -> None:
     _, probe = await opened(Host())
     assert probe.stream is not None
     with pytest.raises(CodecError):
-        probe.stream.play(np.zeros(160, np.float64), 8000)  # type: ignore[arg-type]
+        probe.stream.play(np.zeros(160, np.float64), 8000)
 
 
 anything = st.one_of(

@@ -192,6 +192,8 @@ def test_the_platforms_side_writes_strings_for_counters() -> None:
     }
     assert json.loads(writer.mark("m")) == {"event": "mark", "streamSid": "s", "mark": {"name": "m"}}
     assert json.loads(writer.stop()) == {"event": "stop", "sequenceNumber": "4"}
+    unnamed = json.loads(writer.start(account_sid="a", call_sid="c", encoding="PCMU", sample_rate=8000))
+    assert "name" not in unnamed["start"]
 
 
 def test_what_an_endpoint_sends_is_read_back() -> None:
