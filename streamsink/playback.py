@@ -18,14 +18,19 @@ from collections.abc import Callable, Generator
 from typing import Literal, NamedTuple
 
 import numpy as np
+import structlog
 
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec, Encoder, Resampler
 from streamsink.errors import CodecError, StreamClosed
 from streamsink.wire import Writer
 
+log = structlog.get_logger(__name__)
+
 LEAD = 0.1
 """Seconds of audio kept queued at the far end."""
+LIVE_LEAD = 0.02
+"""The same for a live source: what is pulled now is as fresh as can be."""
 _EPSILON = 1e-6
 """Seconds; swallows the rounding of sums of durations."""
 
@@ -158,6 +163,7 @@ class Playback:
         self._cleared_marks: Counter[str] = Counter()
         self._finishing: deque[Playout] = deque()
         self._sent: deque[_Sent] = deque()
+        self._live: Callable[[int], Samples] | None = None
         self._closed = False
 
     # --- What a stream calls ---
@@ -174,11 +180,7 @@ class Playback:
             StreamClosed: The stream has ended.
         """
         self._check_open()
-        if not isinstance(samples, np.ndarray) or samples.dtype != _INT16 or samples.ndim != 1:
-            got = (
-                f"{samples.dtype} array of shape {samples.shape}" if isinstance(samples, np.ndarray) else type(samples)
-            )
-            raise CodecError(f"play() wants a mono int16 array of shape (n,), got {got}")
+        _check_samples("play()", samples)
         if not 8000 <= rate <= 192_000:
             raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate}")
         playout = Playout(self, np.ascontiguousarray(samples), rate)
@@ -196,6 +198,20 @@ class Playback:
         self._fed_at = now
         self._advance_and_wake()
         return playout
+
+    def play_live(self, source: Callable[[int], Samples] | None) -> None:
+        """Pull audio from ``source`` for each frame, whenever nothing is queued; None ends that.
+
+        Args:
+            source: Given a number of samples, returns as many: mono PCM at the codec's rate, shape ``(n,)``, int16. One
+                that raises, or returns something else, is logged and dropped.
+
+        Raises:
+            StreamClosed: The stream has ended.
+        """
+        self._check_open()
+        self._live = source
+        self._advance_and_wake()
 
     def mark(self, name: str) -> None:
         """Queue a mark behind the audio queued so far.
@@ -247,6 +263,7 @@ class Playback:
             The marks whose echo never came, in order.
         """
         self._closed = True
+        self._live = None
         now = self.clock()
         self._report_played(now)
         return self._drop(Outcome.CLOSED, now)
@@ -298,6 +315,8 @@ class Playback:
             times.append(self._far_end - self._room + _EPSILON)
         elif self._writable and (len(self._partial) or self._resampler is not None):
             times.append(self._flush_at)
+        elif self._writable and self._live is not None:
+            times.append(self._far_end - LIVE_LEAD)
         if self._sent:
             times.append(self._sent[0].end + self._lag)
         times += [playout._end for playout in self._finishing if playout._future is not None][:1]
@@ -312,9 +331,25 @@ class Playback:
             self._send_frame(frame, now)
         if self._sending and not len(self._partial):
             self._settle_sent()
+        if self._live is not None:
+            self._pull(now)
         self._settle_heard(now)
 
     # --- Inside ---
+
+    def _pull(self, now: float) -> None:
+        """Send what the live source has, as far as its lead allows and nothing queued comes first."""
+        while self._live is not None and self._far_end - now <= LIVE_LEAD + _EPSILON and self._takes_a_frame(now):
+            try:
+                samples = self._live(self._frame_samples)
+                _check_samples("a live source", samples)
+                if len(samples) != self._frame_samples:
+                    raise CodecError(f"a live source was asked for {self._frame_samples} samples, got {len(samples)}")
+            except Exception:
+                log.exception("live source dropped")
+                self._live = None
+            else:
+                self._send_frame(np.ascontiguousarray(samples), now)
 
     def _takes_a_frame(self, now: float) -> bool:
         """Whether a whole frame may leave at once, with nothing before it."""
@@ -463,6 +498,12 @@ class Playback:
         self._resampler_rate = self.codec.rate
         self._far_end = min(self._far_end, now)
         return marks
+
+
+def _check_samples(who: str, samples: object) -> None:
+    if not isinstance(samples, np.ndarray) or samples.dtype != _INT16 or samples.ndim != 1:
+        got = f"{samples.dtype} array of shape {samples.shape}" if isinstance(samples, np.ndarray) else type(samples)
+        raise CodecError(f"{who} wants a mono int16 array of shape (n,), got {got}")
 
 
 class Pacer:

@@ -117,6 +117,20 @@ class Stream:
         self._check_talk_back()
         return self._playback.play(samples, sample_rate)
 
+    def play_live(self, source: Callable[[int], Samples] | None) -> None:
+        """Pull audio from ``source`` each ptime, 20 ms ahead of the listener, whenever nothing else is queued.
+
+        Args:
+            source: Called on the event loop with a number of samples; returns as many, mono PCM at the codec's rate,
+                shape ``(n,)``, int16, in well under a millisecond. One that raises is logged and dropped. None ends it.
+
+        Raises:
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        self._check_talk_back()
+        self._playback.play_live(source)
+
     def mark(self, name: str) -> None:
         """Queue a mark behind the audio queued so far; ``on_mark`` tells when it was played or cleared.
 

@@ -374,6 +374,68 @@ def test_a_strided_array_is_played_as_it_reads() -> None:
     assert far_end.audio.tolist() == tone(160).tolist()
 
 
+# --- A live source ---
+
+
+class Counting:
+    """A live source that hands out 1, 2, 3 …"""
+
+    def __init__(self) -> None:
+        self.next = 1
+        self.asked: list[int] = []
+
+    def __call__(self, count: int) -> Samples:
+        self.asked.append(count)
+        self.next += count
+        return np.arange(self.next - count, self.next).astype(np.int16)
+
+
+def test_a_live_source_is_pulled_each_ptime_just_ahead_of_the_listener() -> None:
+    far_end, source = FarEnd(), Counting()
+    far_end.playback.play_live(source)
+    assert far_end.frames == 2
+    far_end.run(0.1)
+    assert far_end.frames == 7
+    assert far_end.audio.tolist() == list(range(1, 7 * 160 + 1))
+    assert source.asked == [160] * 7
+
+
+def test_what_is_queued_comes_before_the_live_source() -> None:
+    far_end, source = FarEnd(), Counting()
+    far_end.playback.play_live(source)
+    far_end.playback.play(np.full(480, -5, np.int16), 8000)
+    far_end.run(0.2)
+    heard = far_end.audio.tolist()
+    assert heard[:320] == list(range(1, 321))
+    assert heard[320:800] == [-5] * 480
+    assert heard[800:960] == list(range(321, 481))
+
+
+def test_a_live_source_ends_when_told_and_with_the_stream() -> None:
+    far_end, source = FarEnd(), Counting()
+    far_end.playback.play_live(source)
+    far_end.playback.play_live(None)
+    far_end.run(1)
+    assert far_end.frames == 2
+    far_end.playback.play_live(source)
+    far_end.playback.close()
+    far_end.playback.advance(far_end.now + 1)
+    assert far_end.playback.due is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [lambda count: 1 / 0, lambda count: np.zeros(count - 1, np.int16), lambda count: np.zeros(count)],
+    ids=["raises", "too little", "wrong type"],
+)
+def test_a_live_source_that_fails_is_dropped(source: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    far_end = FarEnd()
+    far_end.playback.play_live(source)
+    assert far_end.frames == 0
+    assert far_end.playback.due is None
+    assert "live source dropped" in capsys.readouterr().out
+
+
 # --- The pacer ---
 
 

@@ -486,6 +486,7 @@ async def test_a_pipeline_without_talk_back_is_silent() -> None:
     assert stream is not None
     for use in (
         lambda: stream.play(np.zeros(160, np.int16), 8000),
+        lambda: stream.play_live(None),
         lambda: stream.mark("m"),
         lambda: stream.clear(),
         lambda: stream.send_dtmf("1"),
@@ -614,6 +615,13 @@ async def test_status_events_find_their_stream() -> None:
     ]
     assert found == [True, True, True, False, False, False]
     assert [len(first.events), len(second.events)] == [1, 2]
+
+
+async def test_a_live_source_is_pulled() -> None:
+    peer, probe = await opened(Host())
+    assert probe.stream is not None
+    probe.stream.play_live(lambda count: np.zeros(count, np.int16))
+    assert [m["event"] for m in peer.outlet.sent] == ["media"] * 2
 
 
 async def test_a_wrong_array_is_the_processors_own_error() -> None:
