@@ -5,8 +5,8 @@ LQ to show what the next better one holds back; samplerate at sinc_fastest. "Hel
 output are missing at worst after any push, measured in the stream, and is what a listener waits on top of the filter.
 
 Quality: a sine is swept over the whole band, a frequency at a time; drawn are its own level (the response) and the
-level of everything else that came out (images, aliases, distortion, rounding), against soxr at VHQ. Then two tones, whose
-spectrum shows what is added between and around them. 16-bit samples limit both to about -98 dB.
+level of everything else that came out (images, aliases, distortion, rounding), against soxr at VHQ. Then two tones,
+whose spectrum shows what is added between and around them. 16-bit samples limit both to about -98 dB.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def contestants(rate_in: int, rate_out: int) -> Pushes:
 
 
 def held_back(push: Call, frames: list[Samples], rate_in: int, rate_out: int) -> float:
-    """ms of output missing at worst after any push; what the first pushes have yet to fill counts."""
+    """Milliseconds of output missing at worst after any push; what the first pushes have yet to fill counts."""
     taken, given, worst = 0, 0, 0.0
     for frame in frames[:100]:
         given += len(push(frame))  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def sine(rate: int, frequency: float, seconds: float = 0.5) -> Samples:
 
 
 def sweep(resample: Whole, rate_in: int, rate_out: int, frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
-    """dB of the sine itself, and of all else, for each frequency."""
+    """Levels in dB of the sine itself, and of all else, for each frequency."""
     levels = []
     for frequency in frequencies:
         out = resample(sine(rate_in, frequency)).astype(float)

@@ -198,12 +198,13 @@ static inline void adapt(predictor *x, scales *q, int ril, int ih)
     block4(x, lanes_pair((int16_t)dlt, (int16_t)dh));
 }
 
-/* BLOCK1L, QUANTL: the code of a difference signal. Decision levels rise, so those above it are the last of the 29. */
-static inline int quantl(int el, int detl)
+/* BLOCK1L, QUANTL: the code of EL, in the first lane of e. Decision levels rise, so those above it are the last of 29. */
+static inline int quantl(lanes e, int detl)
 {
-    int wd = el ^ (el >> 15);
+    int el = lanes_first(e);
 #ifdef STREAMSINK_SSE2
-    __m128i det = _mm_set1_epi16((int16_t)detl), all_wd = _mm_set1_epi16((int16_t)wd), above[4];
+    __m128i det = _mm_set1_epi16((int16_t)detl), above[4];
+    __m128i wd = lanes_xor(e, lanes_sign(e)), all_wd = _mm_shuffle_epi32(_mm_shufflelo_epi16(wd, 0), 0);
     for (int i = 0; i < 4; i++) {
         __m128i q6 = _mm_loadu_si128((const __m128i *)(const void *)(Q6 + 8 * i));
         above[i] = _mm_cmpgt_epi16(_mm_mulhi_epu16(q6, det), all_wd);
@@ -212,7 +213,7 @@ static inline int quantl(int el, int detl)
     bits |= (unsigned)_mm_movemask_epi8(_mm_packs_epi16(above[2], above[3])) << 16;
     int below = __builtin_ctz(bits | 1u << 29);
 #else
-    int below = 0;
+    int below = 0, wd = el ^ (el >> 15);
     for (int i = 0; i < 29; i++)
         below += (Q6[i] * detl >> 16) <= wd;
 #endif
@@ -322,7 +323,7 @@ static void encode_bands(g722 *codec, const int16_t *xlh, size_t n, uint8_t *out
     scales q = scales_load(codec);
     for (size_t j = 0; j < n; j++) {
         lanes e = lanes_sub(lanes_pair((int16_t)limit(xlh[2 * j]), (int16_t)limit(xlh[2 * j + 1])), x.s); /* SUBTRA */
-        int il = quantl(lanes_first(e), q.detl);
+        int il = quantl(e, q.detl);
         int ih = quanth(lanes_second(e), q.deth);
         adapt(&x, &q, il >> 2, ih);
         out[j] = (uint8_t)(ih << 6 | il);

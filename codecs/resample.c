@@ -26,33 +26,55 @@ static inline void fold4(const __m128 *sum, float *out)
     _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 
-static void dot4_sse2(const float *const *x, const float *const *c, size_t taps, float *out)
+/* `shared` where all rows are the first, as when the rate falls by a whole number: its loads are then done once. */
+__attribute__((always_inline)) static inline void sse2(const float *const *x, const float *const *c, size_t taps, float *out,
+                                                       int shared)
 {
     __m128 low[4], high[4];
     for (int k = 0; k < 4; k++)
         low[k] = high[k] = _mm_setzero_ps();
     for (size_t i = 0; i < taps; i += 8)
         for (int k = 0; k < 4; k++) {
-            low[k] = _mm_add_ps(low[k], _mm_mul_ps(_mm_loadu_ps(x[k] + i), _mm_loadu_ps(c[k] + i)));
-            high[k] = _mm_add_ps(high[k], _mm_mul_ps(_mm_loadu_ps(x[k] + i + 4), _mm_loadu_ps(c[k] + i + 4)));
+            const float *row = c[shared ? 0 : k] + i;
+            low[k] = _mm_add_ps(low[k], _mm_mul_ps(_mm_loadu_ps(x[k] + i), _mm_loadu_ps(row)));
+            high[k] = _mm_add_ps(high[k], _mm_mul_ps(_mm_loadu_ps(x[k] + i + 4), _mm_loadu_ps(row + 4)));
         }
     for (int k = 0; k < 4; k++)
         low[k] = _mm_add_ps(low[k], high[k]);
     fold4(low, out);
 }
 
-__attribute__((target("avx"))) static void dot4_avx(const float *const *x, const float *const *c, size_t taps, float *out)
+__attribute__((always_inline, target("avx"))) static inline void avx(const float *const *x, const float *const *c,
+                                                                     size_t taps, float *out, int shared)
 {
     __m256 sum[4];
     __m128 halves[4];
     for (int k = 0; k < 4; k++)
         sum[k] = _mm256_setzero_ps();
     for (size_t i = 0; i < taps; i += 8)
-        for (int k = 0; k < 4; k++)
-            sum[k] = _mm256_add_ps(sum[k], _mm256_mul_ps(_mm256_loadu_ps(x[k] + i), _mm256_loadu_ps(c[k] + i)));
+        for (int k = 0; k < 4; k++) {
+            const float *row = c[shared ? 0 : k] + i;
+            sum[k] = _mm256_add_ps(sum[k], _mm256_mul_ps(_mm256_loadu_ps(x[k] + i), _mm256_loadu_ps(row)));
+        }
     for (int k = 0; k < 4; k++)
         halves[k] = _mm_add_ps(_mm256_castps256_ps128(sum[k]), _mm256_extractf128_ps(sum[k], 1));
     fold4(halves, out);
+}
+
+static void dot4_sse2(const float *const *x, const float *const *c, size_t taps, float *out)
+{
+    if (c[0] == c[1] && c[0] == c[2] && c[0] == c[3])
+        sse2(x, c, taps, out, 1);
+    else
+        sse2(x, c, taps, out, 0);
+}
+
+__attribute__((target("avx"))) static void dot4_avx(const float *const *x, const float *const *c, size_t taps, float *out)
+{
+    if (c[0] == c[1] && c[0] == c[2] && c[0] == c[3])
+        avx(x, c, taps, out, 1);
+    else
+        avx(x, c, taps, out, 0);
 }
 
 static dot4_function *fastest_dot4(void) { return __builtin_cpu_supports("avx") ? dot4_avx : dot4_sse2; }

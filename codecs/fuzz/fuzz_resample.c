@@ -1,6 +1,11 @@
-/* Resampling: any rates, any samples, any framing: the promised number comes out, and what comes out in one piece. */
+/* Resampling: any rates, any samples, any framing: the promised number comes out, and what comes out in one piece, with
+ * SIMD and without. */
 #include "../resample.h"
 #include "fuzz.h"
+
+/* resample.c once more, compiled with STREAMSINK_PORTABLE and these names. */
+resample_filter *portable_design(uint32_t rate_in, uint32_t rate_out);
+void portable_push(resampler *r, const int16_t *in, size_t samples, int16_t *out);
 
 static uint32_t rate(const uint8_t *data)
 {
@@ -24,6 +29,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     resampler_init(state, filter);
     PROMISE(resampler_due(state, samples) == total);
     resampler_push(state, in, samples, whole);
+
+    resample_filter *plain_filter = portable_design(rate_in, rate_out);
+    PROMISE(plain_filter);
+    int16_t *plain = block(2 * total);
+    resampler_init(state, plain_filter);
+    portable_push(state, in, samples, plain);
+    PROMISE(memcmp(whole, plain, 2 * total) == 0);
+    free(plain);
+    free(plain_filter);
+
     resampler_init(state, filter);
     for (size_t at = 0; at < samples;) {
         size_t length = 1 + stretch(audio, at, samples - at - 1), due = resampler_due(state, length);
