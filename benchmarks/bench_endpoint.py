@@ -7,8 +7,9 @@ same work on `picows`; and a floor that only echoes bytes (peers.py). Measured a
 - ``cost``: CPU a message and turnaround at one number of streams;
 - ``capacity``: the most streams with a p99 turnaround below 20 ms and nothing lost, found by doubling, then bisection
   to 5 %. A number fails when it fails twice, since a shared machine has bad seconds of its own;
-- ``memory``: resident memory a stream at 250 and at 1,000 streams, and what is left when all have ended. streamsink
-  records every stream here.
+- ``memory``: resident memory a stream at 250 and at 1,000 streams, and what is left 20 s after all have ended, once and
+  once more: what a first round leaves and a second does not add to is the allocator's, what both leave is lost.
+  streamsink records every stream here.
 
 ``python -m benchmarks.bench_endpoint [cost] [capacity] [memory] [--only SERVER]… [--quick]`` prints Markdown. An idle
 core takes time to wake, so compare figures of one run at one number of streams only.
@@ -175,7 +176,7 @@ def _port(server: Server, process: subprocess.Popen[bytes], output: Path) -> int
     raise ServerFailed(f"{server.name} did not say that it listens; its last words:\n{tail}")
 
 
-def load(pid: int, port: int, counts: Sequence[int], seconds: float) -> Result:
+def load(pid: int, port: int, counts: Sequence[int], seconds: float, settle: float = 0) -> Result:
     """Load a running server from the other core.
 
     Args:
@@ -183,12 +184,22 @@ def load(pid: int, port: int, counts: Sequence[int], seconds: float) -> Result:
         port: Where it listens.
         counts: Numbers of streams, rising.
         seconds: Length of a measured stretch.
+        settle: Seconds the server has, after the last stream, to give memory back.
 
     Raises:
         ServerFailed: The load could not be run to its end.
     """
     command = [sys.executable, "-m", "benchmarks.load", "--port", str(port), "--pid", str(pid), "--token", TOKEN]
-    command += ["--warmup", str(WARMUP), "--seconds", str(seconds), "--streams", *map(str, counts)]
+    command += [
+        "--warmup",
+        str(WARMUP),
+        "--seconds",
+        str(seconds),
+        "--settle",
+        str(settle),
+        "--streams",
+        *map(str, counts),
+    ]
     with pinned(cores()[1]):
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -288,23 +299,23 @@ def capacity_table(found: Mapping[str, tuple[Step | None, Step | None]]) -> str:
     return table([*head, "CPU µs a message", "its CPU", "load's CPU", "first number not carried"], rows)
 
 
-def memory_table(results: Mapping[str, Result]) -> str:
-    """Memory a stream of each server, and what stays when all have ended."""
+def memory_table(results: Mapping[str, tuple[Result, Result]]) -> str:
+    """Memory a stream of each server, and what stays when all have ended, in two rounds."""
     rows = []
-    for name, result in results.items():
-        grown = [(step.rss - result.rss_start) / step.streams / 1000 for step in result.steps]
+    for name, (first, second) in results.items():
         rows.append(
             [
                 SERVERS[name].what + (", and `record`" if SERVERS[name].memory_arguments else ""),
-                f"{result.rss_start / 1e6:.0f}",
-                *(f"{kilobytes:.0f}" for kilobytes in grown),
-                f"{result.rss_end / 1e6:.0f}",
-                str(result.steps[-1].lost + result.steps[-1].cut),
+                f"{first.rss_start / 1e6:.0f}",
+                *(f"{(step.rss - first.rss_start) / step.streams / 1000:.0f}" for step in first.steps),
+                f"{first.rss_end / 1e6:.0f}",
+                f"{second.rss_end / 1e6:.0f}",
+                str(sum(step.lost + step.cut + step.wrong for step in (first.steps[-1], second.steps[-1]))),
             ]
         )
-    counts = [step.streams for step in next(iter(results.values())).steps]
-    head = ["server", "MB at start", *(f"kB a stream at {count}" for count in counts), "MB after the last", "lost"]
-    return table(head, rows)
+    counts = [step.streams for step in next(iter(results.values()))[0].steps]
+    head = ["server", "MB at start", *(f"kB a stream at {count}" for count in counts)]
+    return table([*head, "MB after the last", "MB after a second round", "lost"], rows)
 
 
 def plot(probes: Mapping[str, list[Step]], path: Path) -> None:
@@ -349,12 +360,12 @@ def capacity(names: Sequence[str], first: int, tolerance: float, seconds: float,
     return f"{title}\n\n{capacity_table(found)}\n\n![p99 turnaround over streams](endpoint.png)\n"
 
 
-def memory(names: Sequence[str], counts: Sequence[int], seconds: float) -> str:
-    """Measure memory a stream; returns Markdown."""
+def memory(names: Sequence[str], counts: Sequence[int], seconds: float, settle: float) -> str:
+    """Measure memory a stream in two rounds; returns Markdown."""
     results = {}
     for name in names:
         with running(SERVERS[name], SERVERS[name].memory_arguments) as (pid, port):
-            results[name] = load(pid, port, counts, seconds)
+            results[name] = (load(pid, port, counts, seconds, settle), load(pid, port, counts, seconds, settle))
     return f"### Resident memory\n\n{memory_table(results)}\n"
 
 
@@ -373,7 +384,7 @@ def run(out: Path, quick: bool = False, parts: Sequence[str] = PARTS, names: Seq
     if "capacity" in parts:
         sections.append(capacity(names, 250, *((0.2, 1.5) if quick else (0.05, 5.0)), out))
     if "memory" in parts:
-        sections.append(memory(names, *(([25, 100], 1.0) if quick else ([250, 1000], 3.0))))
+        sections.append(memory(names, *(([25, 100], 1.0, 1.0) if quick else ([250, 1000], 3.0, 20.0))))
     return "\n".join(sections)
 
 

@@ -219,7 +219,8 @@ static void send_next(struct load *load, struct figures *lateness)
     }
 }
 
-/* Spreads the streams evenly over `ptime` seconds, from now on. */
+/* Spreads the streams evenly over `ptime` seconds, from now on. What a server says before that is no echo of a frame:
+ * it is read for a moment, and dropped. */
 void load_begin(struct load *load, double ptime)
 {
     for (; load->polled < load->count; load->polled++) {
@@ -228,6 +229,9 @@ void load_begin(struct load *load, double ptime)
         fcntl(stream->fd, F_SETFL, fcntl(stream->fd, F_GETFL) | O_NONBLOCK);
         epoll_ctl(load->epoll, EPOLL_CTL_ADD, stream->fd, &event);
     }
+    struct figures none = {0};
+    for (double until = now() + 0.2; now() < until;)
+        read_ready(load, 10, &none);
     load->rate = load->count / ptime;
     load->scheduled = 0;
     load->began = now();

@@ -167,13 +167,14 @@ class Load:
         )
         self._count = 0
 
-    def run(self, counts: list[int], warmup: float, seconds: float) -> Result:
+    def run(self, counts: list[int], warmup: float, seconds: float, settle: float) -> Result:
         """Grow through the numbers of streams given, measuring at each, then end them all.
 
         Args:
             counts: Numbers of streams, rising.
             warmup: Seconds of load before each measured stretch.
             seconds: Length of a measured stretch.
+            settle: Seconds the server has, after the last stream, to give memory back.
 
         Raises:
             ConnectionError: The server did not take a stream.
@@ -181,13 +182,15 @@ class Load:
         self._connect(1)
         self._measure(0.1, 0.1)
         self._end()
-        rss_start = self._settled_rss()
+        time.sleep(1)
+        rss_start = resident_bytes(self._pid)
         steps = []
         for count in counts:
             self._connect(count)
             steps.append(self._measure(warmup, seconds))
         self._end()
-        return Result(rss_start, steps, self._settled_rss())
+        time.sleep(settle)
+        return Result(rss_start, steps, resident_bytes(self._pid))
 
     def _connect(self, count: int) -> None:
         """Open streams until there are `count`."""
@@ -276,19 +279,6 @@ class Load:
         self._loop.load_end(self._c, ctypes.c_double(1))
         self._count = 0
 
-    def _settled_rss(self) -> int:
-        """The server's resident memory once it has not fallen for a second; waits 10 s at most."""
-        lowest = resident_bytes(self._pid)
-        quiet = 0
-        for _ in range(100):
-            time.sleep(0.1)
-            rss = resident_bytes(self._pid)
-            quiet = quiet + 1 if rss >= lowest else 0
-            lowest = min(lowest, rss)
-            if quiet == 10:
-                break
-        return lowest
-
 
 def main(argv: list[str]) -> None:
     """Run the load and print its result as JSON."""
@@ -299,13 +289,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--streams", type=int, nargs="+", required=True, help="numbers of streams, rising")
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds measured at each number of streams")
+    parser.add_argument("--settle", type=float, default=0.0, help="seconds to give memory back at the end")
     options = parser.parse_args(argv)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     longest = 1 + (options.warmup + options.seconds + 1) * len(options.streams)
     with tempfile.TemporaryDirectory() as folder:
         load = Load(build_loop(Path(folder)), options.port, options.token, options.pid, longest)
-        result = load.run(options.streams, options.warmup, options.seconds)
+        result = load.run(options.streams, options.warmup, options.seconds, options.settle)
     json.dump(dataclasses.asdict(result), sys.stdout)
 
 

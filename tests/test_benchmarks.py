@@ -10,7 +10,7 @@ import pytest
 from benchmarks import __main__ as report
 from benchmarks import bench_endpoint, bench_path
 from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
-from benchmarks.load import Step, cpu_seconds, masked_frame, media_text, resident_bytes
+from benchmarks.load import Result, Step, cpu_seconds, masked_frame, media_text, resident_bytes
 from streamsink.codec import CodecSpec
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the benchmarks read Linux's /proc")
@@ -109,6 +109,18 @@ def test_tables_compare_with_the_common_server_and_the_floor() -> None:
     assert bench_endpoint.capacity_table(found).splitlines()[3] == (
         "| **streamsink**, all guards and metrics, processor `echo` | 1200 | 3.00 | 0.10 / 1.00 / 1.00 | 20.0 | 50% "
         "| 40% | 1250 (p99 1 ms, 7 lost) |"
+    )
+
+
+def test_memory_is_told_by_stream_and_after_each_round() -> None:
+    rounds = (
+        Result(rss_start=40_000_000, steps=[a_step(250)], rss_end=42_000_000),
+        Result(rss_start=42_000_000, steps=[a_step(250, lost=3)], rss_end=43_000_000),
+    )
+    assert bench_endpoint.memory_table({"picows": rounds}) == (
+        "| server | MB at start | kB a stream at 250 | MB after the last | MB after a second round | lost |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        "| the same work on `picows`, in Cython | 40 | 40 | 42 | 43 | 3 |"
     )
 
 
