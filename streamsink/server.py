@@ -201,16 +201,20 @@ class Server:
             asyncio.create_task(self._housekeeping()),
         ]
         await self._uvicorn.listening.wait()
-        self._watchdog = Watchdog(loop, self.metrics.observe_lag)
-        self._watchdog.start()
         # What is imported and made by now stays: a full collection would walk it, 7 ms, again and again.
         gc.collect()
         gc.freeze()
+        self._watchdog = Watchdog(loop, self.metrics.observe_lag)
+        self._watchdog.start()
 
     def _uvicorn_config(self, app: ASGIApp, endpoint: Endpoint) -> uvicorn.Config:
         # uvicorn builds these classes itself, so what they need beyond its own arguments hangs on the class.
         ws = type("EndpointConnection", (Connection,), {"endpoint": endpoint, "tokens": self.access.tokens})
-        http = type("EndpointHttp", (HttpProtocol,), {"deadline": self.settings.head_deadline})
+        http = type(
+            "EndpointHttp",
+            (HttpProtocol,),
+            {"deadline": self.settings.head_deadline, "refused": staticmethod(self.metrics.handshake_refused)},
+        )
         context = self._context
         return uvicorn.Config(
             app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -25,26 +26,43 @@ class HttpProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _timer_for: object = None
     _body_octets = 0
+    _upgraded = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # The event loop tells nobody of a TLS handshake that fails.
+        self._timer = self.loop.call_later(self.deadline, self.refused, "tls")
+
+    @staticmethod
+    def refused(reason: str) -> None:
+        """Called with a fixed word for each connection that never became a request; the server's subclass counts it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A connection, TLS done: its first request's head is awaited."""
         super().connection_made(transport)  # type: ignore[arg-type]
+        self._unwatch()
         self._watch()
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes arrived."""
-        reading_body = self.conn.their_state is h11.SEND_BODY
-        super().data_received(data)
-        if reading_body:
-            self._body_octets += len(data)
-        else:
-            self._body_octets = 0
-        if self.transport.is_closing():
+    def handle_events(self) -> None:
+        """Take what the bytes amount to: those that arrive, and those of a pipelined request when its turn has come."""
+        cycle, before = self.cycle, len(self.cycle.body) if self.cycle is not None else 0
+        super().handle_events()
+        if self._upgraded or self.transport.is_closing():
             return
-        if self._announced() > BODY_LIMIT or self._body_octets > BODY_LIMIT:
-            self._refuse(b"413 Content Too Large", b"a request's body may have 65536 bytes\n")
-            return
+        if self.cycle is not None:
+            # The application takes nothing out meanwhile: by what the body has grown, so much came.
+            self._body_octets = (
+                self._body_octets + len(self.cycle.body) - before if self.cycle is cycle else len(self.cycle.body)
+            )
+            if self._announced() > BODY_LIMIT or self._body_octets > BODY_LIMIT:
+                self._refuse(b"413 Content Too Large", b"a request's body may have 65536 bytes\n")
+                return
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP."""
+        self.refused("invalid")
+        super().send_400_response(msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
@@ -53,6 +71,7 @@ class HttpProtocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection to the WebSocket class, and what came behind the head too."""
+        self._upgraded = True
         self._unwatch()
         behind, _ = self.conn.trailing_data
         super().handle_websocket_upgrade(event)
@@ -84,6 +103,8 @@ class HttpProtocol(H11Protocol):
 
     def _too_late(self) -> None:
         if not self.transport.is_closing():
+            if self._timer_for is h11.IDLE:
+                self.refused("timeout")
             self._refuse(b"408 Request Timeout", b"the request was not whole in time\n")
 
     def _refuse(self, status: bytes, text: bytes) -> None:
