@@ -6,6 +6,8 @@
     ├── ProcessorError              a processor that cannot be found or built
     ├── StreamClosed                the stream ended while it was being used
     ├── TalkBackOff                 the pipeline does not let its processors speak
+    ├── SimulationError             a simulation that cannot be run as asked
+    ├── CallRefused                 a simulated call that did not come about
     └── ProtocolError               1008  the peer broke the protocol: its stream ends
         ├── BadMessage              1008  one message is unusable: dropped and counted
         ├── BinaryMessage           1003
@@ -44,6 +46,14 @@ class StreamClosed(StreamsinkError):
 
 class TalkBackOff(StreamsinkError):
     """The pipeline has ``talk_back = false``: nothing may be sent on its streams."""
+
+
+class SimulationError(StreamsinkError):
+    """A simulation cannot be run as asked; the message says how to mend it."""
+
+
+class CallRefused(StreamsinkError):
+    """A simulated call did not come about: no connection, no trust, or no upgrade; the message says how to mend it."""
 
 
 class ProtocolError(StreamsinkError):
