@@ -1,0 +1,87 @@
+"""What the tests of the whole endpoint share: its event loop, its log, and a server in the test's own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import structlog
+
+from streamsink import log
+from streamsink.config import Pipeline, Settings
+from streamsink.loop import new_event_loop
+from streamsink.server import Server
+from tests.peer import ADMIN_TOKEN, LISTENER, TOKEN, Running
+
+_LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "endpoint_loop: runs on the event loop that the endpoint runs on")
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    if item.get_closest_marker("endpoint_loop"):
+        return {"endpoint": new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture
+def read_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """All that is logged, from debug on, as people see it."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    stderr = io.StringIO()
+    with monkeypatch.context() as patch:
+        # Only while the handler is made: it keeps the stream it was made with.
+        patch.setattr(sys, "stderr", stderr)
+        log.configure("text", "debug")
+    yield stderr.getvalue
+    structlog.reset_defaults()
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+class Serve(Protocol):
+    """Starts a server; with settings that differ from the tests' own."""
+
+    async def __call__(self, **settings: Any) -> Running: ...
+
+
+@pytest.fixture
+async def serve(tmp_path: Path, read_log: Callable[[], str]) -> AsyncIterator[Serve]:
+    """Servers that run in the test's event loop, end with the test, and log no traceback."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings: Any) -> Running:
+            options: dict[str, Any] = {
+                "host": "127.0.0.1",
+                "port": 0,
+                "state": tmp_path / "state",
+                "recordings": tmp_path / "recordings",
+                "tokens": [f"crew:{TOKEN}"],
+                "admin_token": ADMIN_TOKEN,
+                "processors": ["record", LISTENER],
+                "pipelines": {"healthy": Pipeline(processors=[LISTENER])},
+            }
+            server = Server(Settings(**{**options, **settings}))
+            await stack.enter_async_context(server)
+            running = Running(server, read_log)
+            stack.push_async_callback(running.disconnect)
+            return running
+
+        yield start
+    # The server froze what was there when it started; the next test's garbage is not to be kept with it.
+    gc.unfreeze()
+    assert "Traceback" not in read_log()
