@@ -475,7 +475,7 @@ class Session:
             duplicates=self._duplicates,
             bad=self._bad,
             sent=self.frames_sent,
-            codec=self.codec_name,
+            codec=None if self._codec is None else str(self._codec),
             pipeline=self.pipeline,
         )
         self.endpoint.metrics.stream_ended(self, reason)
