@@ -10,6 +10,7 @@ from __future__ import annotations
 from streamsink.simulator.command import run
 from streamsink.simulator.options import SimulateOptions
 from streamsink.simulator.report import Report
+from streamsink.simulator.script import encode_payloads, read_audio
 from streamsink.simulator.simulation import simulate
 
-__all__ = ["Report", "SimulateOptions", "run", "simulate"]
+__all__ = ["Report", "SimulateOptions", "encode_payloads", "read_audio", "run", "simulate"]
