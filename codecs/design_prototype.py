@@ -28,7 +28,7 @@ def main() -> None:
     taps = remez(WIDTH * OVERSAMPLING + 1, bands, desired, weight=weight, fs=OVERSAMPLING, maxiter=500)
     half = taps[WIDTH * OVERSAMPLING // 2 :] * OVERSAMPLING
     numbers = [f"{value:.8e}f" for value in half]
-    lines = [", ".join(numbers[i : i + 7]) for i in range(0, len(numbers), 7)]
+    lines = [", ".join(numbers[i : i + 6]) for i in range(0, len(numbers), 6)]
     Path(__file__).with_name("prototype.h").write_text(
         "/* Written by design_prototype.py: the right half of the resampler's prototype filter, centre first. */\n"
         f"#define PROTOTYPE_OVERSAMPLING {OVERSAMPLING} /* points a period of the lower rate */\n"

@@ -198,7 +198,7 @@ static inline void adapt(predictor *x, scales *q, int ril, int ih)
     block4(x, lanes_pair((int16_t)dlt, (int16_t)dh));
 }
 
-/* BLOCK1L, QUANTL: the code of EL, in the first lane of e. Decision levels rise, so those above it are the last of 29. */
+/* BLOCK1L, QUANTL: the code of EL, in e's first lane. Decision levels rise, so those above it are the last of the 29. */
 static inline int quantl(lanes e, int detl)
 {
     int el = lanes_first(e);
@@ -289,7 +289,8 @@ static inline void decode_bands(g722 *codec, const uint8_t *in, size_t n, int16_
     scales q = scales_load(codec);
     for (size_t j = 0; j < n; j++) {
         int il = in[j] & 63, ih = in[j] >> 6;
-        int rl = limit(lanes_first(x.s) + (q.detl * qm[il >> drop] >> 15)); /* BLOCK5L: INVQBL, RECONS; BLOCK6L: LIMIT */
+        int dl = q.detl * qm[il >> drop] >> 15; /* BLOCK5L: INVQBL */
+        int rl = limit(lanes_first(x.s) + dl);  /* BLOCK5L: RECONS; BLOCK6L: LIMIT */
         adapt(&x, &q, il >> 2, ih);
         int rh = limit(lanes_second(x.r)); /* BLOCK5H: LIMIT */
         w[2 * j] = (int16_t)(rl + rh);

@@ -1,4 +1,5 @@
-/* L16: samples as they are, two octets each; big-endian in RFC 3551 §4.5.11, little-endian in what SignalWire's users run. */
+/* L16: samples as they are, two octets each; big-endian in RFC 3551 §4.5.11, little-endian in code that works with
+ * SignalWire. */
 #ifndef STREAMSINK_L16_H
 #define STREAMSINK_L16_H
 

@@ -468,8 +468,12 @@ static PyGetSetDef l16_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-#define DECODE "decode($self, payload, /)\n--\n\nTurn a payload of any size into samples: int16, shape (n,), an array of its own."
-#define ENCODE "encode($self, samples, /)\n--\n\nTurn samples (int16, shape (n,), contiguous) into a payload."
+#define DECODE                          \
+    "decode($self, payload, /)\n--\n\n" \
+    "Turn a payload of any size into samples: int16, shape (n,), an array of its own."
+#define ENCODE                          \
+    "encode($self, samples, /)\n--\n\n" \
+    "Turn samples (int16, shape (n,), contiguous) into a payload."
 
 static PyMethodDef g722_decoder_methods[] = {{"decode", g722_decoder_decode, METH_O, DECODE}, {NULL, NULL, 0, NULL}};
 static PyMethodDef g722_encoder_methods[] = {{"encode", g722_encoder_encode, METH_O, ENCODE}, {NULL, NULL, 0, NULL}};
@@ -479,11 +483,13 @@ static PyMethodDef l16_decoder_methods[] = {{"decode", l16_object_decode, METH_O
 static PyMethodDef l16_encoder_methods[] = {{"encode", l16_object_encode, METH_O, ENCODE}, {NULL, NULL, 0, NULL}};
 static PyMethodDef resampler_methods[] = {
     {"push", resampler_object_push, METH_O,
-     "push($self, samples, /)\n--\n\nTake samples in (int16, shape (n,), contiguous) and return what is due: after n samples\n"
+     "push($self, samples, /)\n--\n\n"
+     "Take samples in (int16, shape (n,), contiguous) and return what is due: after n samples\n"
      "floor(n * rate_out / rate_in) are out. An array of its own; at equal rates the one that came."},
     {"flush", resampler_object_flush, METH_NOARGS,
      "flush($self, /)\n--\n\nReturn what the delay holds back, up to the last sample's place, and forget everything."},
-    {"reset", resampler_object_reset, METH_NOARGS, "reset($self, /)\n--\n\nForget everything: the next push begins a signal."},
+    {"reset", resampler_object_reset, METH_NOARGS,
+     "reset($self, /)\n--\n\nForget everything: the next push begins a signal."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef resampler_getset[] = {
@@ -491,27 +497,32 @@ static PyGetSetDef resampler_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-#define ALONE "An object belongs to one thread at a time; a second that enters it gets a CodecError. Blocks of more than\n" \
-              "20 ms run without the GIL."
+#define ALONE                                                                                      \
+    "An object belongs to one thread at a time; a second that enters it gets a CodecError. Blocks\n" \
+    "of more than 20 ms run without the GIL."
 
 TYPE(g711_decoder, "G711Decoder", g711_object, g711_new, codec_dealloc, g711_decoder_methods, decoder_getset,
      "G711Decoder(law)\n--\n\nITU-T G.711, law PCMU or PCMA, at 8 kHz; 32 bytes an object.\n\n" ALONE);
 TYPE(g711_encoder, "G711Encoder", g711_object, g711_new, codec_dealloc, g711_encoder_methods, no_getset,
      "G711Encoder(law)\n--\n\nITU-T G.711, law PCMU or PCMA, at 8 kHz; 32 bytes an object.\n\n" ALONE);
 TYPE(g722_decoder, "G722Decoder", g722_object, g722_decoder_new, codec_dealloc, g722_decoder_methods, decoder_getset,
-     "G722Decoder(mode=1)\n--\n\nITU-T G.722 at 16 kHz, mode 1, 2 or 3 for 64, 56 or 48 kbit/s; 224 bytes an object.\n\n" ALONE);
+     "G722Decoder(mode=1)\n--\n\n"
+     "ITU-T G.722 at 16 kHz, mode 1, 2 or 3 for 64, 56 or 48 kbit/s; 224 bytes an object.\n\n" ALONE);
 TYPE(g722_encoder, "G722Encoder", g722_object, g722_encoder_new, codec_dealloc, g722_encoder_methods, no_getset,
-     "G722Encoder()\n--\n\nITU-T G.722 at 16 kHz, 64 kbit/s; 224 bytes an object. An octet is two samples; an odd one waits for\n"
+     "G722Encoder()\n--\n\n"
+     "ITU-T G.722 at 16 kHz, 64 kbit/s; 224 bytes an object. An octet is two samples; an odd one waits for\n"
      "the next call.\n\n" ALONE);
 TYPE(l16_decoder, "L16Decoder", l16_object, l16_new, codec_dealloc, l16_decoder_methods, l16_getset,
-     "L16Decoder(byteorder)\n--\n\nL16 (RFC 3551), little or big; 32 bytes an object. An odd octet waits for the next payload.\n\n" ALONE);
+     "L16Decoder(byteorder)\n--\n\n"
+     "L16 (RFC 3551), little or big; 32 bytes an object. An odd octet waits for the next payload.\n\n" ALONE);
 TYPE(l16_encoder, "L16Encoder", l16_object, l16_new, codec_dealloc, l16_encoder_methods, no_getset,
      "L16Encoder(byteorder)\n--\n\nL16 (RFC 3551), little or big; 32 bytes an object.\n\n" ALONE);
-TYPE(resampler_type, "Resampler", resampler_object, resampler_new, resampler_dealloc, resampler_methods, resampler_getset,
+TYPE(resampler_type, "Resampler", resampler_object, resampler_new, resampler_dealloc, resampler_methods,
+     resampler_getset,
      "Resampler(rate_in, rate_out)\n--\n\n"
      "A streaming polyphase FIR between any two integer rates from 8000 to 192000 Hz.\n\n"
-     "Flat to 0.12 dB up to 0.42 of the lower rate, 75 dB down from half of it on, 21.5 periods of the lower rate late\n"
-     "(2.7 ms at 8 kHz). Every push returns its share; clipping saturates. About 270 bytes an object for 8 to 16 kHz,\n"
+     "Flat to 0.12 dB up to 0.42 of the lower rate, 75 dB down from half of it on, 21.5 periods of the\n"
+     "lower rate late (2.7 ms at 8 kHz). Every push returns its share; clipping saturates. About 270 bytes an object for 8 to 16 kHz,\n"
      "4.2 kB for 192 to 8; the filter is shared by all resamplers of a pair of rates and is designed for the first in\n"
      "less than a millisecond.\n\n" ALONE);
 

@@ -11,9 +11,9 @@
 #define MOST_HISTORY 1088    /* 192 kHz to 8 kHz: 43 periods of 24 samples, and the 24 that one output steps over */
 #define PHASES_A_PERIOD 256  /* rows in one period of the lower rate when interpolating: an error of -94 dB at most */
 
-/* Four windows of samples times four rows of coefficients: out[k] is the sum over taps of x[k][i] * c[k][i]. Every form of
- * it adds in the same order, so that all machines give the same samples: eight running sums, then lane i and i + 4, then
- * i and i + 2, then the last two. */
+/* Four windows of samples times four rows of coefficients: out[k] is the sum over taps of x[k][i] * c[k][i]. Every form
+ * of it adds in the same order, so that all machines give the same samples: eight running sums, then lane i and i + 4,
+ * then i and i + 2, then the last two. */
 typedef void dot4_function(const float *const *x, const float *const *c, size_t taps, float *out);
 
 #if defined(__SSE2__) && !defined(STREAMSINK_PORTABLE)
@@ -27,8 +27,8 @@ static inline void fold4(const __m128 *sum, float *out)
 }
 
 /* `shared` where all rows are the first, as when the rate falls by a whole number: its loads are then done once. */
-__attribute__((always_inline)) static inline void sse2(const float *const *x, const float *const *c, size_t taps, float *out,
-                                                       int shared)
+__attribute__((always_inline)) static inline void sse2(const float *const *x, const float *const *c,
+                                                       size_t taps, float *out, int shared)
 {
     __m128 low[4], high[4];
     for (int k = 0; k < 4; k++)
@@ -69,7 +69,8 @@ static void dot4_sse2(const float *const *x, const float *const *c, size_t taps,
         sse2(x, c, taps, out, 0);
 }
 
-__attribute__((target("avx"))) static void dot4_avx(const float *const *x, const float *const *c, size_t taps, float *out)
+__attribute__((target("avx"))) static void dot4_avx(const float *const *x, const float *const *c, size_t taps,
+                                                    float *out)
 {
     if (c[0] == c[1] && c[0] == c[2] && c[0] == c[3])
         avx(x, c, taps, out, 1);
@@ -110,7 +111,7 @@ static inline void to_int16(const float *x, int16_t *out)
 
 #endif
 
-/* The prototype's value at t periods of the lower rate from its centre: a cubic through the four nearest of its points. */
+/* The prototype's value t periods of the lower rate from its centre: a cubic through the four nearest of its points. */
 static double prototype(double t)
 {
     double x = fabs(t) * PROTOTYPE_OVERSAMPLING;
@@ -159,8 +160,17 @@ resample_filter *resample_design(uint32_t rate_in, uint32_t rate_out)
     if (!filter)
         return NULL;
     *filter = (resample_filter){
-        .rate_in = rate_in, .rate_out = rate_out, .up = up, .down = down, .taps = taps,
-        .whole = down / up, .part = down % up, .dot4 = fastest_dot4(), .history = taps + (down + up - 1) / up, .tail = (uint32_t)ceil(delay + 2.0 * down / up) - 1, .phases = phases,
+        .rate_in = rate_in,
+        .rate_out = rate_out,
+        .up = up,
+        .down = down,
+        .whole = down / up,
+        .part = down % up,
+        .taps = taps,
+        .history = taps + (down + up - 1) / up,
+        .tail = (uint32_t)ceil(delay + 2.0 * down / up) - 1,
+        .phases = phases,
+        .dot4 = fastest_dot4(),
     };
     double sum = 0;
     for (uint32_t phase = 0; phase <= phases; phase++)
@@ -247,7 +257,8 @@ static int16_t *convolve(resampler *r, const float *x, size_t n, int16_t *out)
 {
     const resample_filter *f = r->filter;
     size_t due = resampler_due(r, n);
-    uint32_t back = (r->position + f->up - 1) / f->up; /* whole samples that the next output lies before the first fresh */
+    /* The next output lies `back` whole samples before the first fresh one, less a phase. */
+    uint32_t back = (r->position + f->up - 1) / f->up;
     place at = {.newest = x + f->history - back, .phase = back * f->up - r->position};
     for (size_t left = due; left;) {
         int16_t four[4];

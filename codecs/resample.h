@@ -1,7 +1,7 @@
 /* A streaming polyphase FIR resampler between any two integer rates from 8 to 192 kHz.
  *
  * One prototype low-pass filter, a function of time in periods of the lower rate, serves all pairs of rates: a pair's
- * table of phases is that function read at the instants the pair needs. Tables are shared by all resamplers of a pair. */
+ * table of phases is that function read at the instants the pair needs, and is shared by the pair's resamplers. */
 #ifndef STREAMSINK_RESAMPLE_H
 #define STREAMSINK_RESAMPLE_H
 

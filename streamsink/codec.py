@@ -1,8 +1,8 @@
 """Codecs and resampling: what a stream's payloads are, and their way to int16 arrays and back.
 
 All of it runs in C (``codecs/``); this module names things and picks them, and calls go straight to C. That includes
-G.711: per 20 ms frame, audioop with ``np.frombuffer`` takes 2.5 times as long to decode and 6 times as long to encode as
-a table in C that fills the array itself, so audioop is only what the tests compare with. L16 is in C for the same
+G.711: for a 20 ms frame, audioop with ``np.frombuffer`` takes 2.5 times as long to decode and 6 times as long to encode
+as a table in C that fills the array itself, so audioop is only what the tests compare with. L16 is in C for the same
 reason (3 times numpy's speed) and because an odd octet has to wait for the next payload.
 
 Decoders, encoders and resamplers hold the state that crosses frames, so each direction of each track has its own, and
