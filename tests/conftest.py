@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import logging
 import sys
@@ -82,6 +81,4 @@ async def serve(tmp_path: Path, read_log: Callable[[], str]) -> AsyncIterator[Se
             return running
 
         yield start
-    # The server froze what was there when it started; the next test's garbage is not to be kept with it.
-    gc.unfreeze()
     assert "Traceback" not in read_log()

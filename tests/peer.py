@@ -208,7 +208,7 @@ class Peer:
             if "content-length" in headers:
                 body = await self.reader.readexactly(int(headers["content-length"]))
             else:
-                body = b"" if status in (101, 204) else await self.reader.read()
+                body = b"" if status < 200 or status == 204 else await self.reader.read()
         return Response(status, headers, body)
 
     async def upgraded(self, path: str = "/", token: str | None = TOKEN) -> Self:

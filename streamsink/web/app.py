@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -76,6 +77,9 @@ class Web:
             return PlainTextResponse("Not Found", 404)
         try:
             event = parse(request.headers.get("content-type", ""), request.scope["query_string"], await request.body())
+        except ClientDisconnect:
+            # Refused by then, or gone: this goes nowhere.
+            return Response(status_code=400)
         except BadMessage as error:
             self._endpoint.metrics.bad_message(error.reason)
             log.warning("status webhook refused", cause=str(error))

@@ -60,9 +60,9 @@ class HttpProtocol(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
+        """Answer what is no HTTP, in a body too, whatever became of its request meanwhile."""
         self.refused("invalid")
-        super().send_400_response(msg)
+        self._refuse(b"400 Bad Request", msg.encode("ascii") + b"\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
@@ -116,4 +116,6 @@ class HttpProtocol(H11Protocol):
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        # A body that nobody takes any more stops the reading, and TLS ends only once the peer's goodbye is read.
+        self.flow.resume_reading()
         self.transport.close()
