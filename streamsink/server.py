@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 import socket
 import ssl
@@ -176,8 +177,10 @@ class Server:
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
         except OSError as error:
+            # The address is told once; what the resolver says has numbers below zero and words of its own.
+            cause = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
             raise ConfigError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host and --port"
+                f"cannot listen on {host} port {port}: {cause}; choose another with --host and --port"
             ) from None
         self._socket.setblocking(False)
 

@@ -1,0 +1,322 @@
+"""The real process: how it starts, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import sys
+import sysconfig
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import soundfile
+
+from streamsink.auth import ADMIN_TOKEN_FILE, STATUS_SECRET_FILE, STREAM_TOKEN_FILE
+from streamsink.tls import CERTIFICATE_FILE
+from tests.peer import PATIENCE, STOP, TOKEN, Peer, Response, media, request, start, upgrade
+
+pytestmark = pytest.mark.endpoint_loop
+
+ROOT = Path(__file__).parent.parent
+
+
+class Process:
+    """`streamsink serve` as a process of its own, in a folder of its own."""
+
+    def __init__(self, folder: Path, process: asyncio.subprocess.Process) -> None:
+        self.folder = folder
+        self.process = process
+        self.said: list[str] = []
+        self.port = 0
+        self.context: ssl.SSLContext | None = None
+        self._peers: list[Peer] = []
+
+    async def listening(self) -> None:
+        """Wait until it has said where it listens."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            line = (await self.process.stdout.readline()).decode()
+        self.said.append(line)
+        told = re.fullmatch(r"listening on (wss?)://[^/]*:(\d+)/\n", line)
+        assert told, line + (await self.process.communicate())[1].decode()
+        self.port = int(told[2])
+        if told[1] == "wss":
+            self.context = ssl.create_default_context(cafile=self.folder / "state" / CERTIFICATE_FILE)
+
+    async def connect(self) -> Peer:
+        peer = await Peer.connect(self.port, self.context)
+        self._peers.append(peer)
+        return peer
+
+    async def request(self, data: bytes) -> Response:
+        peer = await self.connect()
+        peer.send(data)
+        response = await peer.response()
+        await peer.close()
+        return response
+
+    async def stream(self, token: str | None) -> Peer:
+        """A stream that has started."""
+        peer = await (await self.connect()).upgraded("/", token)
+        peer.send(start(peer.sid, name="call"), media(1))
+        return peer
+
+    async def drains(self) -> None:
+        """Wait until it takes no more streams."""
+        async with asyncio.timeout(PATIENCE):
+            while (await self.request(request("GET", "/readyz"))).status != 503:
+                pass
+
+    async def ended(self) -> tuple[int, str, str]:
+        """Its exit status and what it said in all on stdout and on stderr."""
+        async with asyncio.timeout(PATIENCE):
+            stdout, stderr = await self.process.communicate()
+        assert self.process.returncode is not None
+        return self.process.returncode, "".join(self.said) + stdout.decode(), stderr.decode()
+
+    def kept(self, name: str) -> str:
+        """What lies in a file of the state folder, which nobody else may read."""
+        path = self.folder / "state" / name
+        assert path.stat().st_mode & 0o777 == 0o600
+        return path.read_text().strip()
+
+    def recordings(self) -> list[str]:
+        return sorted(os.listdir(self.folder / "recordings"))
+
+    def sidecar(self) -> dict[str, Any]:
+        (path,) = (self.folder / "recordings").glob("*.json")
+        sidecar: dict[str, Any] = json.loads(path.read_text())
+        return sidecar
+
+    async def close(self) -> None:
+        for peer in self._peers:
+            await peer.close()
+        if self.process.returncode is None:
+            self.process.kill()
+            await self.process.communicate()
+
+
+class Spawn(Protocol):
+    """Starts the process; with flags, and with environment variables."""
+
+    async def __call__(self, *flags: str, **environment: str) -> Process: ...
+
+
+@pytest.fixture
+async def spawn(tmp_path: Path) -> AsyncIterator[Spawn]:
+    async with AsyncExitStack() as stack:
+
+        async def spawn(*flags: str, **environment: str) -> Process:
+            clean = {name: value for name, value in os.environ.items() if not name.startswith("STREAMSINK_")}
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "streamsink", "serve", "--state", "state", *flags),
+                cwd=tmp_path,
+                env={**clean, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **environment},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            started = Process(tmp_path, process)
+            stack.push_async_callback(started.close)
+            return started
+
+        yield spawn
+
+
+@pytest.fixture
+def serve(spawn: Spawn) -> Spawn:
+    async def serve(*flags: str, **environment: str) -> Process:
+        process = await spawn("--port", "0", "--host", "127.0.0.1", *flags, **environment)
+        await process.listening()
+        return process
+
+    return serve
+
+
+def whole_recording(process: Process, frames: int, code: int) -> None:
+    """One recording lies there, closed, of so many frames."""
+    wav, sidecar = process.recordings()[::-1]
+    assert wav == sidecar.removesuffix(".json") + ".wav"
+    samples, rate = soundfile.read(process.folder / "recordings" / wav)
+    assert (len(samples), rate) == (160 * frames, 8000)
+    told = process.sidecar()
+    assert (told["complete"], told["close_code"], told["duration_seconds"]) == (True, code, frames * 0.02)
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_draining_lets_a_live_stream_finish(serve: Spawn, number: signal.Signals) -> None:
+    process = await serve()
+    token = process.kept(STREAM_TOKEN_FILE)
+    peer = await process.stream(token)
+    process.process.send_signal(number)
+    await process.drains()
+    assert (await process.request(request("GET", "/readyz"))).body == b"draining\n"
+    assert (await process.request(request("GET", "/healthz"))).status == 200
+    refused = await process.request(upgrade("/", token))
+    assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+    admin = f"Authorization: Bearer {process.kept(ADMIN_TOKEN_FILE)}"
+    metrics = await process.request(request("GET", "/metrics", admin))
+    assert b'streamsink_handshakes_refused_total{reason="draining"} 1.0\n' in metrics.body
+    webhook = f"/status/{process.kept(STATUS_SECRET_FILE)}?StreamEvent=stream-stopped&StreamSid={peer.sid}"
+    assert (await process.request(request("GET", webhook))).status == 204
+    peer.send(media(2), media(3), STOP)
+    assert await peer.close_code() == 1000
+    status, _, log = await process.ended()
+    assert status == 0
+    assert "Traceback" not in log
+    assert f"stream={peer.sid}" in next(line for line in log.splitlines() if "stream status" in line)
+    whole_recording(process, 3, 1000)
+
+
+async def test_the_deadline_of_draining_closes_what_is_left(serve: Spawn) -> None:
+    process = await serve("--drain-seconds", "0.5")
+    peer = await process.stream(process.kept(STREAM_TOKEN_FILE))
+    process.process.terminate()
+    assert await peer.close_code() == 1001
+    status, _, log = await process.ended()
+    assert status == 0
+    assert "Traceback" not in log
+    whole_recording(process, 1, 1001)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_the_draining(serve: Spawn, number: signal.Signals) -> None:
+    process = await serve()
+    peer = await process.stream(process.kept(STREAM_TOKEN_FILE))
+    silent = await process.connect()
+    process.process.send_signal(number)
+    await process.drains()
+    process.process.send_signal(number)
+    assert await peer.close_code() == 1001
+    status, _, log = await process.ended()
+    assert status == 0
+    assert await silent.ended() == b""
+    assert "Traceback" not in log
+    whole_recording(process, 1, 1001)
+
+
+async def test_a_killed_process_can_be_started_again_on_its_port(serve: Spawn, spawn: Spawn) -> None:
+    process = await serve()
+    token = process.kept(STREAM_TOKEN_FILE)
+    peer = await process.stream(token)
+    process.process.kill()
+    assert await peer.close_code() == 1006
+    assert (await process.ended())[0] == -signal.SIGKILL
+    again = await spawn("--port", str(process.port), "--host", "127.0.0.1")
+    await again.listening()
+    assert again.port == process.port
+    peer = await again.stream(token)
+    peer.send(STOP)
+    assert await peer.close_code() == 1000
+    again.process.terminate()
+    assert (await again.ended())[0] == 0
+
+
+async def test_a_port_in_use_is_one_sentence(spawn: Spawn) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = await spawn("--no-tls", "--port", str(port), "--host", "127.0.0.1", "--log-level", "error")
+        status, said, log = await process.ended()
+    assert (status, said) == (1, "")
+    assert log == (
+        f"streamsink: cannot listen on 127.0.0.1 port {port}: Address already in use; "
+        "choose another with --host and --port\n"
+    )
+
+
+# --- What it says ----------------------------------------------------------------------------------------------------
+
+
+async def test_it_says_where_it_listens_and_what_to_paste(spawn: Spawn) -> None:
+    process = await spawn("--port", "0", "--public-url", "wss://streams.example.com/agent")
+    await process.listening()
+    token = process.kept(STREAM_TOKEN_FILE)
+    peer = await process.stream(token)
+    peer.send(STOP)
+    assert await peer.close_code() == 1000
+    process.process.terminate()
+    status, said, _ = await process.ended()
+    assert status == 0
+    lines = said.splitlines()
+    assert lines[0] == f"listening on wss://0.0.0.0:{process.port}/"
+    assert "token: state/token" in lines
+    statement = ast.parse(said[said.index("stream_obj = ") :]).body[0]
+    assert isinstance(statement, ast.Assign)
+    assert ast.literal_eval(statement.value) == {
+        "url": "wss://streams.example.com/agent",
+        "realtime": True,
+        "authorization_bearer_token": token,
+    }
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+async def test_a_given_token_is_never_shown(serve: Spawn, by: str) -> None:
+    admin = "admin-of-the-desk"
+    if by == "flag":
+        process = await serve("--token", f"desk:{TOKEN}", "--admin-token", admin, "--log-level", "debug")
+    else:
+        process = await serve(STREAMSINK_TOKENS=f"desk:{TOKEN}", STREAMSINK_ADMIN_TOKEN=admin)
+    peer = await process.stream(TOKEN)
+    peer.send(STOP)
+    assert await peer.close_code() == 1000
+    assert (await process.request(request("GET", "/metrics", f"Authorization: Bearer {admin}"))).status == 200
+    process.process.terminate()
+    status, said, log = await process.ended()
+    assert status == 0
+    assert "token=desk" in log
+    for text in (said, log):
+        assert TOKEN not in text
+        assert admin not in text
+    assert sorted(os.listdir(process.folder / "state")) == ["self-signed.crt", "self-signed.pem", "status-secret"]
+
+
+async def test_without_tls_and_tokens(serve: Spawn) -> None:
+    process = await serve("--no-tls", "--no-auth", "--max-streams", "1")
+    assert process.context is None
+    peer = await process.stream(None)
+    refused = await process.request(upgrade("/", None))
+    assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+    peer.send(STOP)
+    assert await peer.close_code() == 1000
+    process.process.terminate()
+    status, said, log = await process.ended()
+    assert status == 0
+    assert said.startswith(f"listening on ws://127.0.0.1:{process.port}/\n")
+    assert "WARNING: --no-auth is on: anyone who reaches this port can stream to it\n" in log
+    assert "Traceback" not in log
+
+
+# --- Software that nobody here wrote ---------------------------------------------------------------------------------
+
+
+async def test_streamdouble_completes_a_call(serve: Spawn, tmp_path: Path) -> None:
+    process = await serve("--no-auth", "--no-tls", "-p", "echo")
+    tone = (8000 * np.sin(np.arange(8000) / 5)).astype(np.int16)
+    soundfile.write(tmp_path / "caller.wav", tone, 8000)
+    caller = await asyncio.create_subprocess_exec(
+        *(str(Path(sysconfig.get_path("scripts"), "streamdouble")), "call", f"ws://127.0.0.1:{process.port}/"),
+        *("--audio", "caller.wav", "--out", "agent.wav", "--quiet-period", "0.3", "--json"),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(PATIENCE):
+        said, complained = await caller.communicate()
+    assert caller.returncode == 0, (said, complained)
+    heard, rate = soundfile.read(tmp_path / "agent.wav", dtype="int16")
+    assert rate == 8000
+    assert len(heard) >= len(tone)
+    process.process.terminate()
+    assert (await process.ended())[0] == 0
