@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import G722
@@ -41,6 +41,7 @@ OURS = "streamsink"
 LOOP = "FFmpeg's own loop"
 
 Call = Callable[[Any], object]
+Order = Literal["little", "big"]
 
 
 def speech_like(rate: int, seconds: float) -> Samples:
@@ -76,10 +77,9 @@ def timed(calls: Mapping[str, Call], arguments: list[Any]) -> dict[str, NDArray[
     return {name: (np.array(each[warm:]) - floor) / 1000 for name, each in taken.items()}
 
 
-def av_codec(direction: str) -> av.AudioCodecContext:
+def av_codec(direction: Literal["r", "w"]) -> av.AudioCodecContext:
     """FFmpeg's G.722 by way of PyAV."""
     context = av.CodecContext.create("g722", direction)
-    assert isinstance(context, av.AudioCodecContext)
     context.layout = "mono"
     if direction == "w":
         context.sample_rate = 16_000
@@ -100,9 +100,9 @@ def av_encode(samples: Samples, context: av.AudioCodecContext) -> bytes:
     return b"".join(bytes(packet) for packet in context.encode(frame))
 
 
-def decoders(name: str, byteorder: str) -> dict[str, Call]:
+def decoders(name: str, byteorder: Order) -> dict[str, Call]:
     """Who decodes that codec."""
-    ours = CodecSpec.parse(name).decoder("big" if byteorder == "big" else "little").decode
+    ours = CodecSpec.parse(name).decoder(byteorder).decode
     if name == "G722":
         library, context = G722.G722(16_000, 64_000), av_codec("r")
         return {OURS: ours, "G722": library.decode, "PyAV": lambda payload: av_decode(payload, context)}
@@ -115,9 +115,9 @@ def decoders(name: str, byteorder: str) -> dict[str, Call]:
     return {OURS: ours, "numpy": lambda payload: np.frombuffer(payload, "<i2").copy()}
 
 
-def encoders(name: str, byteorder: str) -> dict[str, Call]:
+def encoders(name: str, byteorder: Order) -> dict[str, Call]:
     """Who encodes it."""
-    ours = CodecSpec.parse(name).encoder("big" if byteorder == "big" else "little").encode
+    ours = CodecSpec.parse(name).encoder(byteorder).encode
     if name == "G722":
         library, context = G722.G722(16_000, 64_000), av_codec("w")
         return {OURS: ours, "G722": library.encode, "PyAV": lambda samples: av_encode(samples, context)}
@@ -151,7 +151,7 @@ def own_loop(samples: Samples, payload: bytes, frames: int, rounds: int) -> dict
 def measure(codec: str, ptime: int, calls: int) -> dict[str, dict[str, NDArray[np.float64]]]:
     """µs a call by direction and contestant."""
     name, _, order = codec.partition(" ")
-    byteorder = "big" if order else "little"
+    byteorder: Order = "big" if order else "little"
     spec = CodecSpec.parse(name)
     frame = spec.rate * ptime // 1000
     count = max(30, calls * 20 // ptime if ptime > 20 else calls)

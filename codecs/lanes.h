@@ -1,6 +1,7 @@
-/* Eight int16 lanes: SSE2 where the compiler has it (every x86-64), the same arithmetic in plain C elsewhere.
+/* Eight int16 lanes: SSE2 where the compiler has it (every x86-64), elsewhere the same arithmetic in the vector types of
+ * gcc and clang, which any machine's SIMD can serve.
  *
- * Define STREAMSINK_PORTABLE to get the plain form on x86-64 too; the sanitizer run tests both. */
+ * Define STREAMSINK_PORTABLE to get those on x86-64 too; the sanitizer run tests both. */
 #ifndef STREAMSINK_LANES_H
 #define STREAMSINK_LANES_H
 
@@ -63,17 +64,18 @@ static inline lanes lanes_push(lanes v, lanes x)
 
 #else
 
-typedef struct {
-    int16_t lane[8];
-} lanes;
+typedef int16_t lanes __attribute__((vector_size(16)));
+typedef uint16_t lanes_unsigned __attribute__((vector_size(16)));
+typedef int32_t lanes_wide __attribute__((vector_size(32)));
 
-#define LANES_EACH(expression)               \
-    lanes out;                               \
-    for (int i = 0; i < 8; i++)              \
-        out.lane[i] = (int16_t)(expression); \
-    return out
+#if defined(__clang__) || __GNUC__ >= 12
+#define LANES_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LANES_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#endif
+#define LANES_WIDEN(v) __builtin_convertvector(v, lanes_wide)
+#define LANES_NARROW(v) __builtin_convertvector(v, lanes)
 
-static inline int16_t lanes_saturated(int32_t x) { return (int16_t)(x < -32768 ? -32768 : x > 32767 ? 32767 : x); }
 static inline lanes lanes_load(const int16_t *p)
 {
     lanes v;
@@ -81,23 +83,37 @@ static inline lanes lanes_load(const int16_t *p)
     return v;
 }
 static inline void lanes_store(int16_t *p, lanes v) { memcpy(p, &v, sizeof v); }
-static inline lanes lanes_all(int16_t x) { LANES_EACH(x); }
-static inline lanes lanes_xor(lanes a, lanes b) { LANES_EACH(a.lane[i] ^ b.lane[i]); }
-static inline lanes lanes_min(lanes a, lanes b) { LANES_EACH(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
-static inline lanes lanes_max(lanes a, lanes b) { LANES_EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
-static inline lanes lanes_add(lanes a, lanes b) { LANES_EACH(lanes_saturated(a.lane[i] + b.lane[i])); }
-static inline lanes lanes_sub(lanes a, lanes b) { LANES_EACH(lanes_saturated(a.lane[i] - b.lane[i])); }
-static inline lanes lanes_sign(lanes x) { LANES_EACH(x.lane[i] >> 15); }
-static inline lanes lanes_where(lanes x, lanes y) { LANES_EACH(y.lane[i] ? x.lane[i] : 0); }
-static inline lanes lanes_shift7(lanes x) { LANES_EACH(x.lane[i] >> 7); }
-static inline lanes lanes_mult(lanes a, lanes b) { LANES_EACH(a.lane[i] * b.lane[i] >> 15); }
-static inline lanes lanes_leak(lanes x, lanes share) { LANES_EACH(x.lane[i] + (x.lane[i] * -share.lane[i] >> 16)); }
-static inline lanes lanes_pair(int16_t first, int16_t second) { LANES_EACH(i == 0 ? first : i == 1 ? second : 0); }
-static inline int16_t lanes_first(lanes v) { return v.lane[0]; }
-static inline int16_t lanes_second(lanes v) { return v.lane[1]; }
-static inline lanes lanes_repeat(lanes v) { LANES_EACH(v.lane[i & 1]); }
-static inline lanes lanes_push(lanes v, lanes x) { LANES_EACH(i < 2 ? x.lane[i] : v.lane[i - 2]); }
-static inline lanes lanes_drop(lanes v, int pairs) { LANES_EACH(i + 2 * pairs < 8 ? v.lane[i + 2 * pairs] : 0); }
+static inline lanes lanes_all(int16_t x) { return (lanes){x, x, x, x, x, x, x, x}; }
+static inline lanes lanes_xor(lanes a, lanes b) { return a ^ b; }
+static inline lanes lanes_either(lanes mask, lanes a, lanes b) { return b ^ (mask & (a ^ b)); }
+static inline lanes lanes_min(lanes a, lanes b) { return lanes_either(a < b, a, b); }
+static inline lanes lanes_max(lanes a, lanes b) { return lanes_either(a > b, a, b); }
+static inline lanes lanes_add(lanes a, lanes b)
+{
+    lanes sum = (lanes)((lanes_unsigned)a + (lanes_unsigned)b);
+    return lanes_either((~(a ^ b) & (a ^ sum)) >> 15, (a >> 15) ^ 32767, sum);
+}
+static inline lanes lanes_sub(lanes a, lanes b)
+{
+    lanes difference = (lanes)((lanes_unsigned)a - (lanes_unsigned)b);
+    return lanes_either(((a ^ b) & (a ^ difference)) >> 15, (a >> 15) ^ 32767, difference);
+}
+static inline lanes lanes_sign(lanes x) { return x >> 15; }
+static inline lanes lanes_where(lanes x, lanes y) { return x & (y != 0); }
+static inline lanes lanes_shift7(lanes x) { return x >> 7; }
+static inline lanes lanes_mult(lanes a, lanes b) { return LANES_NARROW(LANES_WIDEN(a) * LANES_WIDEN(b) >> 15); }
+static inline lanes lanes_leak(lanes x, lanes share)
+{
+    return x - LANES_NARROW((LANES_WIDEN(x) * LANES_WIDEN(share) + 65535) >> 16);
+}
+static inline lanes lanes_pair(int16_t first, int16_t second) { return (lanes){first, second}; }
+static inline int16_t lanes_first(lanes v) { return v[0]; }
+static inline int16_t lanes_second(lanes v) { return v[1]; }
+static inline lanes lanes_repeat(lanes v) { return LANES_SHUFFLE(v, v, 0, 1, 0, 1, 0, 1, 0, 1); }
+static inline lanes lanes_push(lanes v, lanes x) { return LANES_SHUFFLE(x, v, 0, 1, 8, 9, 10, 11, 12, 13); }
+#define lanes_drop(v, pairs)                                                                                        \
+    LANES_SHUFFLE(v, lanes_all(0), 2 * (pairs), 2 * (pairs) + 1, 2 * (pairs) + 2, 2 * (pairs) + 3, 2 * (pairs) + 4, \
+                  2 * (pairs) + 5, 2 * (pairs) + 6, 2 * (pairs) + 7)
 
 #endif
 #endif

@@ -522,9 +522,9 @@ TYPE(resampler_type, "Resampler", resampler_object, resampler_new, resampler_dea
      "Resampler(rate_in, rate_out)\n--\n\n"
      "A streaming polyphase FIR between any two integer rates from 8000 to 192000 Hz.\n\n"
      "Flat to 0.12 dB up to 0.42 of the lower rate, 75 dB down from half of it on, 21.5 periods of the\n"
-     "lower rate late (2.7 ms at 8 kHz). Every push returns its share; clipping saturates. About 270 bytes an object for 8 to 16 kHz,\n"
-     "4.2 kB for 192 to 8; the filter is shared by all resamplers of a pair of rates and is designed for the first in\n"
-     "less than a millisecond.\n\n" ALONE);
+     "lower rate late (2.7 ms at 8 kHz). Every push returns its share; clipping saturates. About 270 bytes an\n"
+     "object for 8 to 16 kHz, 4.2 kB for 192 to 8; the filter is shared by all resamplers of a pair of rates\n"
+     "and is designed for the first in less than a millisecond.\n\n" ALONE);
 
 static PyType_Spec *const TYPES[] = {
     &g722_decoder, &g722_encoder, &g711_decoder, &g711_encoder, &l16_decoder, &l16_encoder, &resampler_type,
