@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import ssl
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from streamsink.processor import Processor
 from streamsink.server import Server
 from streamsink.simulator import SimulateOptions, simulate
 from streamsink.stream import Stream
-from streamsink.tls import CERTIFICATE_FILE
+from streamsink.tls import CERTIFICATE_FILE, self_signed
 from tests.conftest import Serve
 from tests.peer import (
     ADMIN_TOKEN,
@@ -38,6 +39,7 @@ from tests.peer import (
     STOP,
     TOKEN,
     Listener,
+    Peer,
     Running,
     masked,
     media,
@@ -469,6 +471,55 @@ async def test_control_characters_reach_no_log(serve: Serve) -> None:
     assert secret not in log
     # They are there, and harmless.
     assert log.count("forged") > 10
+
+
+# --- The certificate -------------------------------------------------------------------------------------------------
+
+
+async def served(running: Running) -> bytes:
+    """The certificate a new connection is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    peer = await Peer.connect(running.server.port, context)
+    certificate: bytes = peer.writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    await peer.close()
+    return certificate
+
+
+async def test_a_renewed_certificate_is_served_and_a_bad_one_refused(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamsink.server.HOUSEKEEPING", 0.01)
+    pairs = [self_signed(tmp_path / name) for name in ("first", "second", "third")]
+    first, second, third = [ssl.PEM_cert_to_DER_cert(pair.cert.read_text()) for pair in pairs]
+    cert, key = tmp_path / "state" / CERTIFICATE_FILE, tmp_path / "state" / "key.pem"
+    cert.parent.mkdir()
+
+    def install(new_cert: Path, new_key: Path) -> None:
+        for source, path in ((new_cert, cert), (new_key, key)):
+            aside = path.with_suffix(".new")
+            aside.write_bytes(source.read_bytes())
+            aside.replace(path)
+
+    async def told(words: str) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while words not in running.log:
+                await served(running)
+
+    install(pairs[0].cert, pairs[0].key)
+    running = await serve(cert=cert, key=key)
+    healthy = await running.healthy()
+    assert await served(running) == first
+    install(pairs[1].cert, pairs[1].key)
+    await told("loaded a changed certificate")
+    assert await served(running) == second
+    install(pairs[2].cert, pairs[1].key)
+    await told("refused a changed certificate")
+    assert await served(running) == second
+    assert third != second
+    await healthy.finish()
+    check_log(running.log)
 
 
 # --- Peers that are slow, gone or many -------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 from structlog.testing import capture_logs
 
@@ -16,6 +17,11 @@ def block(until: Callable[[], object]) -> None:
     while not until():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def by_block(logs: list[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:
+    """What was logged of :func:`block`; a machine that is busy may block the loop too."""
+    return [log for log in logs if "in block" in log["exception"]]
 
 
 class Lags:
@@ -43,17 +49,16 @@ async def test_what_blocks_the_loop_is_named_once() -> None:
     with capture_logs() as logs:
         watchdog.start()
         await lags.beat()
-        block(lambda: logs)
+        block(lambda: by_block(logs))
         begun = time.monotonic()
         # For as long again: it is not told twice.
         block(lambda: time.monotonic() > begun + BLOCKED + 2 * BEAT)
         await lags.beat()
         watchdog.stop()
-    (told,) = logs
+    (told,) = by_block(logs)
     assert (told["event"], told["log_level"]) == ("event loop blocked", "error")
-    assert told["seconds"] > BLOCKED
-    assert "block(lambda: logs)" in told["exception"]
-    assert "in block" in told["exception"]
+    assert told["seconds"] >= BLOCKED
+    assert "block(lambda: by_block(logs))" in told["exception"]
     assert max(lags.seen) > BLOCKED
     assert min(lags.seen) >= 0.0
 
@@ -64,10 +69,10 @@ async def test_each_time_it_is_told() -> None:
     with capture_logs() as logs:
         watchdog.start()
         for count in (1, 2):
-            block(lambda count=count: len(logs) >= count)  # type: ignore[misc]
+            block(lambda count=count: len(by_block(logs)) >= count)  # type: ignore[misc]
             await lags.beat()
         watchdog.stop()
-    assert [log["event"] for log in logs] == ["event loop blocked"] * 2
+    assert [log["event"] for log in by_block(logs)] == ["event loop blocked"] * 2
 
 
 async def test_it_is_gone_when_it_is_stopped() -> None:
