@@ -12,7 +12,7 @@ import socket
 import ssl
 import sys
 import sysconfig
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +22,23 @@ import pytest
 import soundfile
 
 from streamsink.auth import ADMIN_TOKEN_FILE, STATUS_SECRET_FILE, STREAM_TOKEN_FILE
+from streamsink.config import Settings
+from streamsink.errors import ConfigError
+from streamsink.server import Server
 from streamsink.tls import CERTIFICATE_FILE
-from tests.peer import PATIENCE, STOP, TOKEN, Peer, Response, media, request, start, upgrade
+from tests.peer import LISTENER, PATIENCE, STOP, TOKEN, Listener, Peer, Response, media, request, start, upgrade
 
 pytestmark = pytest.mark.endpoint_loop
 
 ROOT = Path(__file__).parent.parent
+
+
+async def readiness(peer: Peer) -> int:
+    """The status of /readyz."""
+    peer.send(request("GET", "/readyz"))
+    status = (await peer.response()).status
+    await peer.close()
+    return status
 
 
 class Process:
@@ -74,7 +85,7 @@ class Process:
     async def drains(self) -> None:
         """Wait until it takes no more streams."""
         async with asyncio.timeout(PATIENCE):
-            while (await self.request(request("GET", "/readyz"))).status != 503:
+            while await readiness(await self.connect()) != 503:
                 pass
 
     async def ended(self) -> tuple[int, str, str]:
@@ -234,6 +245,73 @@ async def test_a_port_in_use_is_one_sentence(spawn: Spawn) -> None:
         f"streamsink: cannot listen on 127.0.0.1 port {port}: Address already in use; "
         "choose another with --host and --port\n"
     )
+
+
+class Signalled(Server):
+    """A server in this process that is told to end as soon as it listens."""
+
+    def started(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def settings(folder: Path, **given: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "port": 0,
+            "host": "127.0.0.1",
+            "state": folder,
+            "recordings": folder,
+            "no_auth": True,
+            "no_tls": True,
+            **given,
+        }
+    )
+
+
+def test_a_program_may_run_a_server_of_its_own(tmp_path: Path, read_log: Callable[[], str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    Signalled(settings(tmp_path)).run()
+    assert [line.split("] ")[1] for line in read_log().splitlines()] == [
+        "draining seconds=60.0 streams=0",
+        "stopped",
+    ]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_where_a_server_says_it_is(tmp_path: Path) -> None:
+    for given, url, public in (
+        ({}, "ws://127.0.0.1:{}/", "ws://127.0.0.1:{}/"),
+        ({"host": "0.0.0.0"}, "ws://0.0.0.0:{}/", f"ws://{socket.gethostname()}:{{}}/"),
+        ({"no_tls": False}, "wss://127.0.0.1:{}/", "wss://127.0.0.1:{}/"),
+        ({"public_url": "wss://example.com/agent"}, "ws://127.0.0.1:{}/", "wss://example.com/agent"),
+    ):
+        server = Server(settings(tmp_path, **given))
+        server.bind()
+        assert (server.url, server.public_url) == (url.format(server.port), public.format(server.port))
+        with pytest.raises(ConfigError, match=f"port {server.port}: Address already in use; choose another"):
+            Server(settings(tmp_path, port=server.port)).bind()
+        assert server._socket is not None
+        server._socket.close()
+
+
+async def test_a_stream_of_a_server_in_this_process_may_finish_too(tmp_path: Path, read_log: Callable[[], str]) -> None:
+    server = Server(settings(tmp_path, processors=[LISTENER]))
+    server.bind()
+    assert server.url == f"ws://127.0.0.1:{server.port}/"
+    serving = asyncio.create_task(server.serve())
+    peer = await (await Peer.connect(server.port, None)).upgraded("/", None)
+    peer.send(start(peer.sid), media(1))
+    listener = await Listener.of(peer.sid)
+    signal.raise_signal(signal.SIGINT)
+    async with asyncio.timeout(PATIENCE):
+        while await readiness(await Peer.connect(server.port, None)) != 503:
+            pass
+    signal.raise_signal(signal.SIGINT)
+    assert await peer.close_code() == 1001
+    await serving
+    assert "Traceback" not in read_log()
+    assert (listener.stopped, len(listener.frames)) == ("shutdown", 1)
+    await peer.close()
 
 
 # --- What it says ----------------------------------------------------------------------------------------------------

@@ -383,6 +383,17 @@ async def test_what_is_no_tls_is_dropped(serve: Serve, data: bytes) -> None:
     check_log(running.log)
 
 
+async def test_what_the_event_loop_reports_is_logged(serve: Serve) -> None:
+    running = await serve()
+    loop = asyncio.get_running_loop()
+    loop.call_exception_handler({"message": "SSL handshake failed on verifying the certificate", "exception": OSError})
+    assert "TLS handshake failed" in running.log.splitlines()[-1]
+    assert "[debug" in running.log.splitlines()[-1]
+    loop.call_exception_handler({"message": "something of ours failed"})
+    assert "something of ours failed" in running.log.splitlines()[-1]
+    assert "[error" in running.log.splitlines()[-1]
+
+
 # --- Strings ---------------------------------------------------------------------------------------------------------
 
 FORGED = "\r\n2026-11-20T20:42:18.000000Z [info     ] forged\x1b[2J\x00\x9b\u202e\u2028"
@@ -559,7 +570,7 @@ class Digits(Processor):
         self.stream = stream
 
     def on_frame(self, frame: Frame) -> None:
-        self.stream.send_dtmf("1" * 1000)
+        self.stream.send_dtmf("1" * 10)
 
 
 class Marks(Digits):
@@ -584,7 +595,8 @@ async def test_a_peer_that_never_reads_is_dropped(serve: Serve) -> None:
     peer = await running.connect(receive_buffer=4096)
     await peer.upgraded()
     peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    peer.send(start(peer.sid), *[media(chunk) for chunk in range(1, 41)])
+    # The sid stands in each of our messages: a long one makes few of them much.
+    peer.send(start("s" * 10_000), *[media(chunk) for chunk in range(1, 41)])
     await running.streams_over(healthy)
     await healthy.finish()
     await running.streams_over()
