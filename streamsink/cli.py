@@ -139,8 +139,8 @@ def _announce(server: object) -> None:
         say(f"token: {server.access.token_file}")
     if server.access.admin_file is not None:
         say(f"admin token: {server.access.admin_file}")
-    webhooks = server.public_url.replace("ws", "http", 1).rstrip("/")
-    say(f"status_url: {webhooks}/status/{server.access.status_secret}")
+    public = urlsplit(server.public_url)
+    say(f"status_url: {public.scheme.replace('ws', 'http')}://{public.netloc}/status/{server.access.status_secret}")
     if server.settings.no_tls and server.settings.public_url is None:
         say("no stream_obj to paste: a platform needs wss://; say with --public-url what your proxy is called")
     else:

@@ -59,7 +59,7 @@ class Played(NamedTuple):
 class Playout:
     """One piece of audio on its way out. Await it to learn how it ended; that never raises."""
 
-    __slots__ = ("_end", "_future", "_offset", "_playback", "_rate", "_result", "_samples", "_sent")
+    __slots__ = ("_end", "_future", "_heard", "_offset", "_playback", "_rate", "_result", "_samples", "_sent")
 
     def __init__(self, playback: Playback, samples: Samples, rate: int) -> None:
         self._playback = playback
@@ -69,6 +69,7 @@ class Playout:
         # Samples handed to the far end, at _rate, and when the last of them will have been played there.
         self._sent = 0
         self._end = 0.0
+        self._heard = False
         self._result: Played | None = None
         self._future: asyncio.Future[Played] | None = None
 
@@ -84,6 +85,8 @@ class Playout:
         self._playback.cancel(self)
 
     def __await__(self) -> Generator[object, None, Played]:
+        if self._heard:
+            self._finish(Outcome.FINISHED, self._end)
         if self._result is None:
             if self._future is None:
                 self._future = asyncio.get_running_loop().create_future()
@@ -95,6 +98,14 @@ class Playout:
     def _played_ms(self, now: float) -> int:
         unheard = max(0.0, self._end - now) if self._sent else 0.0
         return max(0, round(self._sent * 1000 / self._rate - unheard * 1000))
+
+    def _be_heard(self, now: float) -> None:
+        """It was played to its end; a result is made only where somebody asks for it."""
+        if self._future is not None:
+            self._finish(Outcome.FINISHED, now)
+        else:
+            self._heard = True
+            self._samples = _SILENCE
 
     def _finish(self, outcome: Outcome, now: float) -> None:
         if self._result is None:
@@ -179,7 +190,8 @@ class Playback:
             CodecError: The array or the rate cannot be used.
             StreamClosed: The stream has ended.
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         _check_samples("play()", samples)
         if not 8000 <= rate <= 192_000:
             raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate}")
@@ -187,9 +199,10 @@ class Playback:
         now = self.clock()
         if len(samples) == self._frame_samples and rate == self.codec.rate and self._takes_a_frame(now):
             # What a relay does for every frame: nothing to cut, to join or to wait for.
-            playout._offset = len(samples)
-            self._sending.append(playout)
+            playout._offset = playout._sent = len(samples)
             self._send_frame(playout._samples, now)
+            playout._end = self._far_end
+            self._finishing.append(playout)
             self._settle_heard(now)
             if self.on_played is not None:
                 self.wake()
@@ -363,9 +376,11 @@ class Playback:
 
     def _settle_heard(self, now: float) -> None:
         """Report and end what has been heard by now."""
-        self._report_played(now)
-        while self._finishing and self._finishing[0]._end <= now + _EPSILON:
-            self._finishing.popleft()._finish(Outcome.FINISHED, now)
+        if self._sent:
+            self._report_played(now)
+        heard = now + _EPSILON
+        while self._finishing and self._finishing[0]._end <= heard:
+            self._finishing.popleft()._be_heard(now)
 
     @property
     def _flush_at(self) -> float:
@@ -445,10 +460,12 @@ class Playback:
         self._far_end = start + len(frame) / self.codec.rate
         if self.on_played is not None:
             self._sent.append(_Sent(start, self._far_end, frame))
-        self._settle_sent()
-        for name in self._marks_behind_partial:
-            self._send_mark(name)
-        self._marks_behind_partial.clear()
+        if self._sending:
+            self._settle_sent()
+        if self._marks_behind_partial:
+            for name in self._marks_behind_partial:
+                self._send_mark(name)
+            self._marks_behind_partial.clear()
 
     def _settle_sent(self) -> None:
         """Note how far each playout has got; one that is sent to its end waits to be heard."""

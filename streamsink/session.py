@@ -155,6 +155,8 @@ class Session:
         self._shared_counter = SharedCounter()
         self._octets_per_second = 0
         self._byteorder: Literal["little", "big"] = "little"
+        # Whether payloads may turn out to be in another byte order.
+        self._byteorder_open = endpoint.settings.l16_byteorder != "little"
         self._duplicates = 0
         self._bad_times: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._bad = 0
@@ -293,21 +295,26 @@ class Session:
             raise ProtocolError("flood: more audio than time has passed")
         self.last_media = now
 
-        chunk = clock.expected() if media.chunk is None else media.chunk
-        missing = clock.missing(chunk)
-        if missing is None:
-            self._duplicates += 1
-            return
-        if len(self._tracks) > 1:
-            others = [other for other in self._tracks.values() if other is not clock]
-            missing = self._shared_counter.lost(clock, chunk, missing, others)
-            self._shared_counter.saw(chunk, clock.track)
-        self.frames_lost += clock.accept(chunk, missing, now)
+        chunk = media.chunk
+        if chunk is None:
+            chunk = clock.due or 0
+        if chunk == clock.due and len(self._tracks) == 1:
+            clock.due = chunk + 1
+        else:
+            missing = clock.missing(chunk)
+            if missing is None:
+                self._duplicates += 1
+                return
+            if len(self._tracks) > 1:
+                others = [other for other in self._tracks.values() if other is not clock]
+                missing = self._shared_counter.lost(clock, chunk, missing, others)
+                self._shared_counter.saw(chunk, clock.track)
+            self.frames_lost += clock.accept(chunk, missing, now)
 
         samples = clock.decoder.decode(media.payload)
         if not len(samples):
             return
-        if clock.decoder.byteorder != self._byteorder:
+        if self._byteorder_open and clock.decoder.byteorder != self._byteorder:
             # Found out by listening: what we send must read as what we get.
             self._byteorder = clock.decoder.byteorder
             self._playback.set_byteorder(self._byteorder)  # type: ignore[union-attr]
@@ -328,7 +335,7 @@ class Session:
         position = 0
         for first in self._tracks.values():
             position = first.position - first.length
-            self._shared_counter.saw(first.expected() - 1, first.track)
+            self._shared_counter.saw((first.due or 0) - 1, first.track)
         clock = self._tracks[name] = TrackClock(track, decoder, self._codec.rate, position, now)
         return clock
 

@@ -23,6 +23,7 @@ class TrackClock:
     Attributes:
         track: Which track.
         decoder: Its decoder; state crosses frames.
+        due: The chunk number that would continue the count; None before the first.
         position: Samples at the codec's rate from the stream's start to the next expected sample.
         length: Samples of the last frame; 0 before the first.
         pending: Samples lost since the last frame.
@@ -30,11 +31,11 @@ class TrackClock:
     """
 
     __slots__ = (
-        "_chunk",
         "_first_at",
         "_origin",
         "_rate",
         "decoder",
+        "due",
         "length",
         "octets",
         "pending",
@@ -50,22 +51,17 @@ class TrackClock:
         self.pending = 0
         self.octets = 0
         self._rate = rate
-        self._chunk: int | None = None
+        self.due: int | None = None
         self._first_at = now
         self._origin = position
 
     def missing(self, chunk: int) -> int | None:
         """How many chunks are missing before this one; None when it repeats one, 0 when the count starts anew."""
-        last = self._chunk
-        if last is None:
+        if self.due is None:
             return 0
-        if chunk > last:
-            return chunk - last - 1
-        return None if last - chunk <= DUPLICATE_STEP else 0
-
-    def expected(self) -> int:
-        """The chunk number that would continue the count."""
-        return 0 if self._chunk is None else self._chunk + 1
+        if chunk >= self.due:
+            return chunk - self.due
+        return None if self.due - chunk <= DUPLICATE_STEP + 1 else 0
 
     def accept(self, chunk: int, lost: int, now: float) -> int:
         """Take a chunk as the newest, with ``lost`` chunks missing before it.
@@ -73,7 +69,7 @@ class TrackClock:
         Returns:
             The chunks that become a gap: no more than the time since the track's first frame allows.
         """
-        self._chunk = chunk
+        self.due = chunk + 1
         if not lost or not self.length:
             return 0
         room = self._origin + int((now - self._first_at + GAP_ALLOWANCE) * self._rate) - self.position
@@ -121,7 +117,7 @@ class SharedCounter:
         """How many of the ``missing`` chunks before ``chunk`` were this track's own."""
         if self.together is False or not missing:
             return missing
-        recent = range(max(clock.expected(), chunk - _REMEMBERED), chunk)
+        recent = range(max(clock.due or 0, chunk - _REMEMBERED), chunk)
         used = sum(1 for number in recent if self._owners.get(number, clock.track) is not clock.track)
         if used:
             self.together = True
