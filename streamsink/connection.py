@@ -9,10 +9,11 @@ judges the rest of RFC 6455.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import structlog
 from websockets.frames import Frame, Opcode
@@ -41,6 +42,8 @@ LINGER = 1.0
 """Seconds a failed connection is still read, so that the close frame is not lost to a TCP reset."""
 WRITE_HIGH_WATER = 256 * 1024
 """Bytes unsent at which a stream's audio waits; four times as many end the connection."""
+STALL_LIMIT = 30.0
+"""Seconds a peer may leave that much unread: what is played meanwhile waits in memory."""
 MAX_FRAGMENTS = 1024
 """Fragments of one message; empty ones cost nothing against the size limit."""
 PING_INTERVAL = 20.0
@@ -51,6 +54,8 @@ RETRY_AFTER = "5"
 _TEXT = 0x81
 _MASKED_TEXT = b"\x81\xfe"
 """A final, masked text frame of 126 to 65,535 bytes: what media messages are."""
+# The engine's own logger tells heads, tokens and payloads at debug level.
+_SILENT = logging.Logger("streamsink.websockets", logging.CRITICAL + 1)
 _PLAIN_OPCODES = frozenset({0x0, 0x1, 0x2, 0x8, 0x9, 0xA})
 
 
@@ -68,7 +73,7 @@ class Connection(asyncio.Protocol):
         self._connections = server_state.connections
         self._transport: asyncio.Transport
         self._client = "?"
-        self._engine = ServerProtocol(max_size=self.endpoint.settings.max_message_bytes)
+        self._engine = ServerProtocol(max_size=self.endpoint.settings.max_message_bytes, logger=_SILENT)
         self._limit = self.endpoint.settings.max_message_bytes
         self._session: Session | None = None
         self._capture: Capture | None = None
@@ -83,6 +88,7 @@ class Connection(asyncio.Protocol):
         self._stalled = False
         self._timers: list[asyncio.TimerHandle] = []
         self._ping_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     # --- asyncio's side ----------------------------------------------------------------------------------------------
 
@@ -103,6 +109,8 @@ class Connection(asyncio.Protocol):
         if self._session is None:
             if self._engine.state is State.CONNECTING and not self._closing:
                 self._handshake(data)
+            return
+        if self._engine.eof_sent:
             return
         length = len(data) - 8
         try:
@@ -132,6 +140,8 @@ class Connection(asyncio.Protocol):
             timer.cancel()
         if self._ping_timer is not None:
             self._ping_timer.cancel()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
         if self._session is not None:
             self._session.end(1006, "the connection was lost", "lost")
         if self._capture is not None:
@@ -140,12 +150,15 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The peer does not read: audio waits."""
         self._stalled = True
+        self._stall_timer = self.endpoint.loop.call_later(STALL_LIMIT, self._drop)
         if self._session is not None:
             self._session.writable(False)
 
     def resume_writing(self) -> None:
         """The peer reads again."""
         self._stalled = False
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
         if self._session is not None:
             self._session.writable(True)
 
@@ -167,7 +180,7 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             return
         request = events[0]
-        path = unquote(urlsplit(request.path).path)
+        path = unquote(request.path.partition("?")[0])
         response, token_name, pipeline = self._admit(request, path)
         if response is None:
             response = self._engine.accept(request)
@@ -376,9 +389,12 @@ class Connection(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         self._transport.write(data)
         if self._stalled and self._transport.get_write_buffer_size() > 4 * WRITE_HIGH_WATER:
-            log.warning("peer does not read: connection dropped", client=self._client)
-            self._closing = True
-            self._transport.abort()
+            self._drop()
+
+    def _drop(self) -> None:
+        log.warning("peer does not read: connection dropped", client=self._client)
+        self._closing = True
+        self._transport.abort()
 
     def _linger(self, seconds: float) -> None:
         self._closing = True

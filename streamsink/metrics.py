@@ -43,6 +43,7 @@ class Metrics:
     """Everything one endpoint counts. For the event loop's thread only, `render` too."""
 
     def __init__(self) -> None:
+        self.streams_ended = 0
         self._live: Collection[CountedStream] = ()
         self._ended = _Totals()
         self._streams: Counter[tuple[str, str]] = Counter()
@@ -69,6 +70,7 @@ class Metrics:
             stream: Which one.
             outcome: A fixed word: why it ended.
         """
+        self.streams_ended += 1
         self._streams[stream.codec_name, outcome] += 1
         self._ended.add(stream)
 

@@ -96,7 +96,7 @@ class Playout:
         return self._result
 
     def _played_ms(self, now: float) -> int:
-        unheard = max(0.0, self._end - now) if self._sent else 0.0
+        unheard = max(0.0, self._end + self._playback.lag - now) if self._sent else 0.0
         return max(0, round(self._sent * 1000 / self._rate - unheard * 1000))
 
     def _be_heard(self, now: float) -> None:
@@ -169,7 +169,7 @@ class Playback:
         # When audio was last queued.
         self._fed_at = 0.0
         # How much later than modelled the far end plays, learned from mark echoes, in seconds.
-        self._lag = 0.0
+        self.lag = 0.0
         self._pending_marks: deque[tuple[str, float]] = deque()
         self._cleared_marks: Counter[str] = Counter()
         self._finishing: deque[Playout] = deque()
@@ -193,8 +193,8 @@ class Playback:
         if self._closed:
             self._check_open()
         _check_samples("play()", samples)
-        if not 8000 <= rate <= 192_000:
-            raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate}")
+        if not isinstance(rate, int) or not 8000 <= rate <= 192_000:
+            raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate!r}")
         playout = Playout(self, np.ascontiguousarray(samples), rate)
         now = self.clock()
         if len(samples) == self._frame_samples and rate == self.codec.rate and self._takes_a_frame(now):
@@ -290,13 +290,14 @@ class Playback:
             Whether it tells that the audio before it has been played. An echo of a cleared mark, or of none of ours,
             does not.
         """
-        if self._cleared_marks[name] > 0:
-            self._cleared_marks[name] -= 1
+        if self._cleared_marks[name]:
+            # Subtracting keeps no key at nought.
+            self._cleared_marks -= Counter((name,))
             return False
         for index, (pending, end) in enumerate(self._pending_marks):
             if pending == name:
                 del self._pending_marks[index]
-                self._lag = max(0.0, now - end)
+                self.lag = max(0.0, now - end)
                 return True
         return False
 
@@ -331,8 +332,8 @@ class Playback:
         elif self._writable and self._live is not None:
             times.append(self._far_end - LIVE_LEAD)
         if self._sent:
-            times.append(self._sent[0].end + self._lag)
-        times += [playout._end for playout in self._finishing if playout._future is not None][:1]
+            times.append(self._sent[0].end + self.lag)
+        times += [playout._end + self.lag for playout in self._finishing if playout._future is not None][:1]
         return min(times, default=None)
 
     def advance(self, now: float) -> None:
@@ -378,7 +379,7 @@ class Playback:
         """Report and end what has been heard by now."""
         if self._sent:
             self._report_played(now)
-        heard = now + _EPSILON
+        heard = now - self.lag + _EPSILON
         while self._finishing and self._finishing[0]._end <= heard:
             self._finishing.popleft()._be_heard(now)
 
@@ -422,10 +423,11 @@ class Playback:
         if not unfinished or now < self._flush_at - _EPSILON:
             return None
         if self._resampler is not None:
-            self._append(self._resampler.flush()[: wanted - len(self._partial)])
+            self._append(self._resampler.flush())
             self._resampler = None
-        self._append(np.zeros(wanted - len(self._partial), np.int16))
-        frame, self._partial = self._partial, _SILENCE
+        if len(self._partial) < wanted:
+            self._append(np.zeros(wanted - len(self._partial), np.int16))
+        frame, self._partial = self._partial[:wanted], self._partial[wanted:]
         return frame
 
     def _take(self, playout: Playout, wanted: int) -> None:
@@ -481,10 +483,10 @@ class Playback:
         self._pending_marks.append((name, self._far_end))
 
     def _report_played(self, now: float) -> None:
-        while self._sent and self._sent[0].end + self._lag <= now + _EPSILON:
+        while self._sent and self._sent[0].end + self.lag <= now + _EPSILON:
             frame = self._sent.popleft()
             assert self.on_played is not None
-            self.on_played(frame.samples, frame.start + self._lag)
+            self.on_played(frame.samples, frame.start + self.lag)
 
     def _drop(self, outcome: Outcome, now: float) -> list[str]:
         """Forget all that is queued here and, as far as it is not played yet, at the far end."""
@@ -495,15 +497,15 @@ class Playback:
         playouts = [*self._finishing, *self._sending]
         playouts += [item for item in self._queue if isinstance(item, Playout)]
         for playout in playouts:
-            finished = playout in self._finishing and playout._end <= now
+            finished = playout in self._finishing and playout._end + self.lag <= now
             playout._finish(Outcome.FINISHED if finished else outcome, now)
         self._report_played(now)
         if self._sent and self.on_played is not None:
             # The frame being heard at this moment is cut where the listener is.
             start, _, samples = self._sent[0]
-            heard = int((now - start - self._lag) * self.codec.rate)
+            heard = int((now - start - self.lag) * self.codec.rate)
             if heard > 0:
-                self.on_played(samples[:heard], start + self._lag)
+                self.on_played(samples[:heard], start + self.lag)
         self._queue.clear()
         self._finishing.clear()
         self._sending.clear()
@@ -567,7 +569,11 @@ class Pacer:
                 continue
             del self._due[playback]
             self._on_late(max(0.0, now - due))
-            playback.advance(max(now, due))
+            try:
+                playback.advance(max(now, due))
+            except Exception:
+                log.exception("a stream's outgoing audio failed")
+                continue
             following = playback.due
             if following is not None:
                 # Never twice in one tick: what stays due waits for the next.

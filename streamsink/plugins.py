@@ -113,10 +113,13 @@ class Plugin:
         try:
             # Copied, since a list that one stream's instance appends to is not another's.
             instance = self.processor(**copy.deepcopy(self.options))
-        except Exception as error:
-            folder = Path(inspect.getfile(self.processor)).parent
+            rate = instance.sample_rate
+        except (Exception, SystemExit) as error:
+            # A class of an interactive session has no file.
+            file = getattr(sys.modules.get(self.processor.__module__), "__file__", None)
+            folder = Path(file).parent if file else None
             raise ProcessorError(f"processor `{self.name}` cannot be built: {_where(error, folder)}") from error
-        _check_rate(self.name, instance.sample_rate)
+        _check_rate(self.name, rate)
         return instance
 
 

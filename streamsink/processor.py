@@ -19,6 +19,7 @@ import structlog
 
 from streamsink.audio import Frame, Track
 from streamsink.codec import Resampler
+from streamsink.errors import StreamClosed
 
 if TYPE_CHECKING:
     from streamsink.status import StatusEvent
@@ -205,7 +206,7 @@ class Tally(Protocol):
 
 
 # What a processor's own tasks were cancelled with is no reason to cancel anything else.
-_FAILURES = (Exception, asyncio.CancelledError)
+_FAILURES = (Exception, asyncio.CancelledError, SystemExit)
 
 
 class _Guard:
@@ -243,7 +244,7 @@ class _Guard:
 
     async def start(self, stream: Stream) -> None:
         self.log = log.bind(stream=stream.sid, call=stream.call_sid, processor=self.name)
-        if not await self._run("on_start", self.processor.on_start(stream)):
+        if not await self._run("on_start", stream):
             return
         held, self.held = self.held, None
         for call in held or ():
@@ -258,6 +259,9 @@ class _Guard:
         before = self.clock()
         try:
             self.on_frame(frame)
+        except StreamClosed:
+            # It was held until after the end: there is nobody to answer any more.
+            return
         except _FAILURES as error:
             self._retire("on_frame", error)
             return
@@ -275,6 +279,8 @@ class _Guard:
         elif self.alive:
             try:
                 getattr(self.processor, hook)(*args)
+            except StreamClosed:
+                return
             except _FAILURES as error:
                 self._retire(hook, error)
 
@@ -287,30 +293,39 @@ class _Guard:
         elif self.stopping is not None:
             await self.stopping
 
-    async def _run(self, hook: str, coroutine: Awaitable[None]) -> bool:
+    async def _run(self, hook: str, *args: Any) -> bool:
         """Await an async hook for as long as it may take; a failure retires the processor.
 
         In a task of its own, to be left behind: a hook that swallows its cancellation holds nobody up.
         """
-        task = asyncio.ensure_future(coroutine)
+        task = asyncio.ensure_future(self._call_async(hook, args))
         try:
             await asyncio.wait({task}, timeout=HOOK_TIMEOUT)
         finally:
             task.cancel()
         if not task.done():
+            # What it still raises has been told already.
+            task.add_done_callback(lambda left: left.cancelled() or left.exception())
             self._retire(hook, f"took longer than {HOOK_TIMEOUT:g} s")
         elif task.cancelled():
             self._retire(hook, "cancelled itself")
-        elif error := task.exception():
+        elif (error := task.exception()) and not isinstance(error, StreamClosed):
             self._retire(hook, error)
         else:
             return True
         return False
 
+    async def _call_async(self, hook: str, args: tuple[Any, ...]) -> None:
+        try:
+            await getattr(self.processor, hook)(*args)
+        except SystemExit as error:
+            # A task would end the whole process with it.
+            raise RuntimeError("it asked for the process to exit") from error
+
     async def _on_stop(self, reason: str) -> None:
-        await self._run("on_stop", self.processor.on_stop(reason))
-        if dropped := getattr(self.processor, "dropped", 0):
-            self.tally.processor_dropped(self.name, dropped)
+        await self._run("on_stop", reason)
+        if isinstance(self.processor, FunctionProcessor) and self.processor.dropped:
+            self.tally.processor_dropped(self.name, self.processor.dropped)
 
     def _retire(self, hook: str, cause: BaseException | str) -> None:
         """Take the processor off this stream; one that had started gets its on_stop, to let go of what it holds."""
@@ -359,11 +374,6 @@ class Chain:
         """The processors' names, in order."""
         return [guard.name for guard in self._guards]
 
-    @property
-    def speaks(self) -> bool:
-        """Whether any of them may send audio."""
-        return any(guard.processor.speaks for guard in self._guards)
-
     def start(self, stream: Stream) -> None:
         """Begin every processor's on_start."""
         for guard in self._guards:
@@ -411,7 +421,7 @@ class Chain:
 class _Tap:
     """One track at one more rate: the resampler and where its output stands on the media clock."""
 
-    __slots__ = ("expected", "position", "rate_in", "rate_out", "resampler")
+    __slots__ = ("expected", "lost", "position", "rate_in", "rate_out", "resampler")
 
     def __init__(self, first: Frame, rate_out: int) -> None:
         self.rate_in = first.sample_rate
@@ -419,18 +429,24 @@ class _Tap:
         self.resampler = Resampler(self.rate_in, rate_out)
         # Of the next input sample at rate_in, and of the next output sample at rate_out.
         self.expected = first.start
+        # At rate_out, not told yet.
+        self.lost = 0
         self.position = first.start * rate_out // self.rate_in
 
     def push(self, frame: Frame) -> Frame | None:
         gap = frame.start - self.expected
-        silence = self._silence(gap) if gap > 0 else 0
+        if gap > 0:
+            silence = self._silence(gap)
+            self.lost += silence if frame.lost else 0
         self.expected = frame.start + len(frame.samples)
         samples = self.resampler.push(frame.samples)
         start = self.position
         self.position += len(samples)
         if not len(samples):
             return None
-        return Frame(samples, self.rate_out, frame.track, start, silence if frame.lost else 0, frame.sequence)
+        samples.setflags(write=False)
+        lost, self.lost = self.lost, 0
+        return Frame(samples, self.rate_out, frame.track, start, lost, frame.sequence)
 
     def _silence(self, gap: int) -> int:
         """Feed zeros for what is missing: they keep filter and clock in step; what comes out of them is the gap.

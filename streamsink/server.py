@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -195,7 +196,6 @@ class Server:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
-        loop.set_exception_handler(_on_loop_exception)
         self.metrics.watch(endpoint.sessions)
         web = Web(endpoint, self.access.admin, self.access.status_secret)
         self._uvicorn = _Uvicorn(self._uvicorn_config(web.app(), endpoint))
@@ -203,7 +203,11 @@ class Server:
             asyncio.create_task(self._uvicorn.serve(sockets=[self._socket])),
             asyncio.create_task(self._housekeeping()),
         ]
-        await self._uvicorn.listening.wait()
+        listening = asyncio.ensure_future(self._uvicorn.listening.wait())
+        await asyncio.wait({listening, self._tasks[0]}, return_when=asyncio.FIRST_COMPLETED)
+        if not listening.done():
+            listening.cancel()
+            await self._tasks[0]
         # What is imported and made by now stays: a full collection would walk it, 7 ms, again and again.
         gc.collect()
         gc.freeze()
@@ -234,6 +238,7 @@ class Server:
         )
 
     async def _housekeeping(self) -> None:
+        trimmed_at = 0
         while True:
             await asyncio.sleep(HOUSEKEEPING)
             if self._reloader is not None:
@@ -241,6 +246,12 @@ class Server:
             now = self.endpoint.clock()
             for session in list(self.endpoint.sessions):
                 session.check_silence(now)
+            ended = self.metrics.streams_ended
+            if ended != trimmed_at and not self.endpoint.sessions:
+                # Ended streams leave cycles of objects, and the allocator keeps what it has: give both back when idle.
+                trimmed_at = ended
+                gc.collect()
+                _trim()
 
     # --- End ---------------------------------------------------------------------------------------------------------
 
@@ -315,8 +326,25 @@ class Server:
             ConfigError: The port cannot be had.
         """
         raise_open_file_limit()
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(self.serve())
+        # Not asyncio.Runner: it waits without end for a hook that swallows its cancellation.
+        loop = new_event_loop()
+        loop.set_exception_handler(_on_loop_exception)
+        try:
+            loop.run_until_complete(self.serve())
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+        finally:
+            loop.close()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library has a call for that (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _on_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

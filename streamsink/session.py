@@ -40,6 +40,9 @@ BAD_MESSAGES_WITHIN = 10.0
 FLOOD_FACTOR = 1.01
 FLOOD_ALLOWANCE = 10.0
 """Audio may exceed the time since the stream's start by this factor and so many seconds."""
+MESSAGES_A_SECOND = 500
+MESSAGES_ALLOWANCE = 10_000
+"""Likewise messages of all kinds: two tracks of 10 ms frames make 200 a second."""
 _CLOCK_STEP = 0.02
 """Seconds; what the far end heard is placed right behind what it heard before when the clocks differ by less."""
 
@@ -155,8 +158,9 @@ class Session:
         self._shared_counter = SharedCounter()
         self._octets_per_second = 0
         self._byteorder: Literal["little", "big"] = "little"
-        # Whether payloads may turn out to be in another byte order.
-        self._byteorder_open = endpoint.settings.l16_byteorder != "little"
+        # Whether listening may yet change it.
+        self._byteorder_open = endpoint.settings.l16_byteorder == "auto"
+        self._messages = 0
         self._duplicates = 0
         self._bad_times: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._bad = 0
@@ -172,6 +176,10 @@ class Session:
     def receive(self, text: bytes, now: float) -> None:
         """Take one text message (UTF-8, checked) that arrived at ``now``. Never raises for what a peer sends."""
         if self.ended:
+            return
+        self._messages += 1
+        if self._messages > MESSAGES_ALLOWANCE and self._too_many_messages(now):
+            self.close(1008, "flood: too many messages", "policy")
             return
         try:
             message = wire.decode(text)
@@ -193,6 +201,9 @@ class Session:
         except ProtocolError as error:
             self.close(error.close_code, str(error), "policy")
 
+    def _too_many_messages(self, now: float) -> bool:
+        return self._messages > (now - self._started_at) * MESSAGES_A_SECOND + MESSAGES_ALLOWANCE
+
     def _start(self, message: wire.Start, now: float) -> None:
         if self.stream is not None:
             raise BadMessage("second_start", "a second start message: a stream starts once")
@@ -204,8 +215,12 @@ class Session:
         self._codec = codec
         self._octets_per_second = codec.bytes_per_second
         self._started_at = self.last_media = now
+        self._messages = 0
         self._writer = wire.Writer(sid)
         self._playback = Playback(codec, self._writer, self._outlet.send, self._wake_pacer, self.endpoint.clock)
+        if settings.l16_byteorder == "big":
+            self._byteorder = "big"
+            self._playback.set_byteorder("big")
         chain = self._build_chain(pipeline)
         self.stream = Stream(
             sid=sid,
@@ -234,7 +249,8 @@ class Session:
         self._log.info(
             "stream started",
             account=body.account_sid,
-            name=message.name,
+            # Not the name of a custom parameter: their values are nobody's business here.
+            name=body.name or body.stream_name,
             codec=str(codec),
             pipeline=pipeline,
             processors=chain.names,
@@ -314,7 +330,9 @@ class Session:
         samples = clock.decoder.decode(media.payload)
         if not len(samples):
             return
-        if self._byteorder_open and clock.decoder.byteorder != self._byteorder:
+        # Read-only, as processors share it.
+        samples.setflags(write=False)
+        if self._byteorder_open and clock.track is Track.INBOUND and clock.decoder.byteorder != self._byteorder:
             # Found out by listening: what we send must read as what we get.
             self._byteorder = clock.decoder.byteorder
             self._playback.set_byteorder(self._byteorder)  # type: ignore[union-attr]
@@ -469,8 +487,13 @@ class Session:
 
     async def _finish(self, code: int, text: str, reason: str) -> None:
         now = self.endpoint.clock()
-        if self._chain is not None:
-            await self._chain.stop(reason)
+        try:
+            if self._chain is not None:
+                await self._chain.stop(reason)
+        finally:
+            self._settle(code, text, reason, now)
+
+    def _settle(self, code: int, text: str, reason: str, now: float) -> None:
         self._log.info(
             "stream stopped" if self.stream is not None else "connection ended before start",
             reason=reason,

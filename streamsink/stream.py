@@ -44,7 +44,7 @@ class Stream:
         started_at: When the start message came, UTC.
         processors: Names of the processors on this stream.
         recordings: The folder files about this stream go to.
-        close_code: WebSocket close code, once the stream has ended; None when the connection was lost without one.
+        close_code: WebSocket close code, once the stream has ended; 1006 when the connection was lost without one.
         close_reason: The words that came with it.
     """
 

@@ -73,10 +73,11 @@ class TrackClock:
         if not lost or not self.length:
             return 0
         room = self._origin + int((now - self._first_at + GAP_ALLOWANCE) * self._rate) - self.position
+        lost = max(0, min(lost, -(-room // self.length)))
         samples = max(0, min(lost * self.length, room))
         self.position += samples
         self.pending += samples
-        return lost if samples else 0
+        return lost
 
     def advance(self, samples: int) -> tuple[int, int]:
         """Place a frame of ``samples`` samples.
@@ -107,7 +108,7 @@ class SharedCounter:
 
     def saw(self, chunk: int, track: Track) -> None:
         """Note who used a number."""
-        if self._owners.get(chunk, track) is not track and self.together is None:
+        if self._owners.get(chunk, track) is not track:
             self.together = False
         self._owners[chunk] = track
         if len(self._owners) > _REMEMBERED:

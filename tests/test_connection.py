@@ -15,7 +15,7 @@ from websockets.server import ServerProtocol
 from websockets.speedups import apply_mask
 
 from streamsink.config import Settings
-from streamsink.connection import MAX_FRAGMENTS, Connection, _close_reason
+from streamsink.connection import MAX_FRAGMENTS, STALL_LIMIT, Connection, _close_reason
 from streamsink.metrics import Metrics
 from streamsink.session import Endpoint, Session
 
@@ -154,6 +154,8 @@ async def test_the_upgrade_is_answered() -> None:
         (HEAD.replace(b"dGhlIHNhbXBsZSBub25jZQ==", b"short"), b"400"),
         (HEAD.replace(b"GET", b"POST"), b"405"),
         (HEAD.replace(b"GET / ", b"GET /nowhere "), b"404"),
+        (HEAD.replace(b"GET / ", b"GET //nowhere "), b"404"),
+        (HEAD.replace(b"GET / ", b"GET //[x "), b"404"),
     ],
 )
 async def test_an_upgrade_that_is_none_is_refused(head: bytes, status: bytes) -> None:
@@ -288,6 +290,41 @@ async def test_a_peer_that_does_not_read_is_held_back_and_then_dropped() -> None
     opened.connection.send(b"y")
     assert opened.transport.was_aborted()
     await opened.end()
+
+
+async def test_a_peer_that_reads_too_slowly_for_too_long_is_dropped() -> None:
+    opened = Opened()
+    opened.connection.pause_writing()
+    first = opened.connection._stall_timer
+    opened.connection.resume_writing()
+    assert first is not None
+    assert first.cancelled()
+    opened.connection.pause_writing()
+    last = opened.connection._stall_timer
+    assert last is not None
+    assert last.when() == pytest.approx(opened.endpoint.loop.time() + STALL_LIMIT, abs=5)
+    opened.connection._drop()
+    assert opened.transport.was_aborted()
+    await opened.end()
+    assert last.cancelled()
+
+
+async def test_nothing_behind_a_broken_frame_is_kept() -> None:
+    opened = Opened()
+    opened.feed(bytes((0x81, 1)) + b"x")
+    assert opened.close_code() == 1002
+    opened.feed(*[b"x" * 1000] * 10)
+    assert opened.connection._rest == b""
+    await opened.end()
+
+
+async def test_the_engine_logs_no_token_at_any_level(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        opened = Opened(HEAD.replace(b"host:", b"authorization: Bearer sesame\r\nhost:"))
+        opened.feed(masked(b"payload"))
+        await opened.end()
+    assert "sesame" not in caplog.text
+    assert "payload" not in caplog.text
 
 
 async def test_an_error_of_our_own_closes_with_1011() -> None:

@@ -119,3 +119,33 @@ def test_a_processor_of_ones_own_is_heard(tmp_path: Path) -> None:
     at = int(np.argmax(np.correlate(reply.astype(float), said.astype(float), "valid")))
     assert at > 16_000
     assert reply[at : at + 3200].tolist() == said.tolist()
+
+
+STUBBORN = """
+import asyncio
+import sys
+
+from streamsink import Processor
+
+# The real limit is ten seconds.
+sys.modules["streamsink.processor"].HOOK_TIMEOUT = 0.5
+
+
+class Stubborn(Processor):
+    async def on_stop(self, reason):
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                pass
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_hook_that_never_ends_does_not_keep_the_process(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    served = Served(tmp_path, "-p", f"{tmp_path}/stubborn.py:Stubborn", "-p", "record")
+    served.simulate("--seconds", "0.1")
+    assert served.stop() == 0
+    assert "took longer than 0.5 s" in served.log.read_text()
+    assert [path.suffix for path in sorted(served.recordings.iterdir())] == [".json", ".wav"]

@@ -130,6 +130,17 @@ def test_another_rate_is_resampled_across_pieces() -> None:
     assert np.abs(steady - basis @ fit).max() < 20
 
 
+@pytest.mark.parametrize("seconds", [0.4, 0.41, 0.419])
+def test_the_tail_of_the_resampler_is_heard(seconds: float) -> None:
+    far_end = FarEnd()
+    audio = np.zeros(int(24_000 * seconds), np.int16)
+    audio[-3:] = 20_000
+    far_end.playback.play(audio, 24_000)
+    far_end.run(2)
+    # The pulse at the very end comes out whole: its sum is that of the input, at a third of the rate.
+    assert far_end.audio.astype(int).sum() == pytest.approx(20_000, rel=0.05)
+
+
 def test_rates_may_alternate() -> None:
     far_end = FarEnd()
     for rate in (8000, 16_000, 24_000, 8000):
@@ -360,6 +371,7 @@ def test_an_echo_that_comes_late_makes_hearing_later() -> None:
         (np.zeros((160, 2), np.int16), 8000, r"got int16 array of shape \(160, 2\)"),
         (b"\x00\x00", 8000, "got <class 'bytes'>"),
         (np.zeros(160, np.int16), 4000, "wants a rate of 8000 to 192000 Hz, got 4000"),
+        (np.zeros(160, np.int16), 16000.0, r"wants a rate of 8000 to 192000 Hz, got 16000\.0"),
     ],
 )
 def test_audio_that_cannot_be_played_is_refused(samples: Any, rate: int, message: str) -> None:
@@ -372,6 +384,21 @@ def test_a_strided_array_is_played_as_it_reads() -> None:
     stereo = np.stack([tone(160), np.zeros(160, np.int16)], axis=1)
     far_end.playback.play(stereo[:, 0], 8000)
     assert far_end.audio.tolist() == tone(160).tolist()
+
+
+async def test_a_playout_is_heard_as_much_later_as_echoes_tell() -> None:
+    far_end = FarEnd(listen=True)
+    playout = far_end.playback.play(tone(160), 8000)
+    far_end.playback.mark("m")
+    assert far_end.playback.mark_echoed("m", 100.07)
+    waiter = asyncio.ensure_future(_wait(playout))
+    await asyncio.sleep(0)
+    far_end.run(0.06)
+    assert playout.played_ms == 10
+    assert not waiter.done()
+    far_end.run(0.01)
+    assert await waiter == Played(Outcome.FINISHED, 20)
+    assert far_end.heard == [(100.05, 160)]
 
 
 # --- A live source ---
@@ -509,6 +536,20 @@ def test_the_pacer_drives_many_streams_each_on_its_own_deadlines() -> None:
         expected = [begin] * 5 + [begin + k * 0.02 for k in range(1, 6)]
         assert times == pytest.approx(expected, abs=Pacer.SLACK * 2 + 1e-6)
     assert max(paced.late) < 0.003
+
+
+def test_one_stream_that_fails_does_not_silence_another(capsys: pytest.CaptureFixture[str]) -> None:
+    paced = Paced(2)
+    for playback in paced.playbacks:
+        playback.play(tone(8000), 8000)
+
+    def fail(text: bytes) -> None:
+        raise ZeroDivisionError
+
+    paced.playbacks[0]._send = fail
+    paced.loop.run(102)
+    assert [len(sent) for sent in paced.sent] == [5, 50]
+    assert "a stream's outgoing audio failed" in capsys.readouterr().out
 
 
 def test_a_forgotten_playback_is_left_alone() -> None:

@@ -129,12 +129,65 @@ async def test_a_stream_that_ends_during_on_start_still_delivers_what_was_held(s
     assert slow.seen == [("start", "7d56"), ("frame", 0), ("stop", "lost")]
 
 
+class NoArgStart(Witness):
+    async def on_start(self) -> None:  # type: ignore[override]
+        pass
+
+
+class NoArgStop(Witness):
+    async def on_stop(self) -> None:  # type: ignore[override]
+        pass
+
+
+class ExitsInStart(Witness):
+    async def on_start(self, stream: Stream) -> None:
+        raise SystemExit(3)
+
+
+class ExitsInFrame(Witness):
+    def on_frame(self, frame: Frame) -> None:
+        raise SystemExit(3)
+
+
+class ExitsInMark(Witness):
+    def on_mark(self, name: str, outcome: MarkOutcome) -> None:
+        raise SystemExit(3)
+
+
+class ExitsInStop(Witness):
+    async def on_stop(self, reason: str) -> None:
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize("broken", [NoArgStart, NoArgStop, ExitsInStart, ExitsInFrame, ExitsInMark, ExitsInStop])
+async def test_whatever_a_processor_does_the_others_go_on_to_their_end(broken: type[Witness], stream: Stream) -> None:
+    witness, counts = Witness(), Counts()
+    chain = chain_of(broken(), witness, counts=counts)
+    chain.start(stream)
+    await turn()
+    chain.frame(frame(counting(0, 160)))
+    chain.call("on_mark", "m", MarkOutcome.PLAYED)
+    await chain.stop("stop")
+    assert witness.seen == [("start", "7d56"), ("frame", 0), ("mark", "m", "PLAYED"), ("stop", "stop")]
+    assert counts.errors == [broken.__name__.lower()]
+
+
+async def test_an_attribute_of_ones_own_called_dropped_is_left_alone(stream: Stream) -> None:
+    class Dropped(Witness):
+        dropped = "the call"
+
+    counts = Counts()
+    chain = chain_of(Dropped(), counts=counts)
+    chain.start(stream)
+    await chain.stop("stop")
+    assert (counts.errors, counts.dropped) == ([], [])
+
+
 async def test_what_a_chain_says_of_its_processors() -> None:
     class Quiet(Processor):
         speaks = False
 
     assert chain_of(Quiet()).names == ["quiet"]
-    assert (chain_of(Quiet()).speaks, chain_of(Quiet(), Witness()).speaks) == (False, True)
     assert (chain_of(Quiet()).wants_played, chain_of(Quiet(), Witness()).wants_played) == (False, True)
 
 

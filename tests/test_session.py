@@ -167,6 +167,33 @@ async def opened(host: Host, **start: Any) -> tuple[Peer, Probe]:
     return peer, probe
 
 
+async def test_what_was_said_just_before_the_end_finds_nobody_and_is_no_failure() -> None:
+    class Answers(Probe):
+        def on_frame(self, frame: Frame) -> None:
+            super().on_frame(frame)
+            assert self.stream is not None
+            self.stream.play(frame.samples, frame.sample_rate)
+
+        def on_dtmf(self, digit: str, duration_ms: int) -> None:
+            super().on_dtmf(digit, duration_ms)
+            assert self.stream is not None
+            self.stream.mark("m")
+
+    host = Host(probe=Answers)
+    peer = host.connect()
+    media_format = {"encoding": "PCMU", "sampleRate": 8000}
+    # All in one read: the processor has not even started when the stream has ended.
+    peer.send({"event": "start", "start": {"streamSid": "sid", "mediaFormat": media_format}})
+    peer.media()
+    peer.send({"event": "dtmf", "dtmf": {"digit": "1"}})
+    peer.send({"event": "stop"})
+    await peer.ended()
+    (probe,) = host.probes
+    assert len(probe.frames) == 1
+    assert probe.events == [("dtmf", "1", 0), ("stop", "stop")]
+    assert not any("processor_errors_total{" in line for line in host.metrics.render()[0].decode().splitlines())
+
+
 async def test_a_stream_from_start_to_stop() -> None:
     host = Host()
     peer, probe = await opened(host, customParameters={"agent": 7}, name="standup")
@@ -379,6 +406,59 @@ async def test_a_big_endian_l16_is_found_out_and_answered_in_kind() -> None:
     assert probe.stream is not None
     probe.stream.play(np.full(320, 0x0102, np.int16), 16000)
     assert base64.b64decode(peer.outlet.sent[-1]["media"]["payload"])[:2] == b"\x01\x02"
+
+
+async def test_a_big_endian_setting_holds_from_the_first_frame_out() -> None:
+    class Greets(Probe):
+        async def on_start(self, stream: Stream) -> None:
+            stream.play(np.full(320, 0x0102, np.int16), 16_000)
+
+    peer, _ = await opened(Host(probe=Greets, l16_byteorder="big"), encoding="audio/x-L16", rate=16000)
+    assert base64.b64decode(peer.outlet.sent[0]["media"]["payload"])[:2] == b"\x01\x02"
+
+
+async def test_the_inbound_track_alone_tells_the_byte_order_to_answer_in() -> None:
+    host = Host(l16_byteorder="auto")
+    peer, probe = await opened(host, encoding="audio/x-L16", rate=16000, tracks=["inbound", "outbound"])
+    tone = (8000 * np.sin(np.arange(16_000) / 20)).astype(np.int16)
+    for chunk, start in enumerate(range(0, 16_000, 320)):
+        peer.media(tone[start : start + 320].astype(">i2").tobytes(), chunk=chunk)
+        peer.media(bytes(640), chunk=chunk, step=0, track="outbound")
+    assert probe.stream is not None
+    for _ in range(4):
+        probe.stream.play(np.full(320, 0x0102, np.int16), 16_000)
+    assert [base64.b64decode(m["media"]["payload"])[:2] for m in peer.outlet.sent] == [b"\x01\x02"] * 4
+
+
+async def test_frames_are_read_only() -> None:
+    for probe_class in (Probe, At16k):
+        peer, probe = await opened(Host(probe=probe_class))
+        peer.media()
+        with pytest.raises(ValueError, match="read-only"):
+            probe.frames[0].samples[0] = 1
+
+
+async def test_too_many_messages_end_the_stream() -> None:
+    peer, _ = await opened(Host())
+    for _ in range(10_000):
+        peer.send(b'{"event":"dtmf","dtmf":{"digit":"1"}}')
+    assert peer.is_open()
+    peer.host.now += 1
+    for _ in range(500):
+        peer.send(b'{"event":"dtmf","dtmf":{"digit":"1"}}')
+    assert peer.is_open()
+    peer.send(b'{"event":"dtmf","dtmf":{"digit":"1"}}')
+    assert peer.outlet.closed == (1008, "flood: too many messages")
+
+
+async def test_the_log_has_a_name_only_where_it_is_no_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    _, probe = await opened(Host(), customParameters={"name": "pin-4711"})
+    assert probe.stream is not None
+    assert probe.stream.name == "pin-4711"
+    await opened(Host(), name="standup")
+    logged = capsys.readouterr().out
+    assert "standup" in logged
+    assert "4711" not in logged
 
 
 async def test_the_first_frame_tells_the_ptime() -> None:

@@ -135,3 +135,20 @@ def test_old_numbers_are_forgotten() -> None:
         counter.saw(chunk, Track.INBOUND)
     assert len(counter._owners) == 256
     assert counter.together is None
+
+
+def test_a_jump_counts_no_more_chunks_than_it_makes_silence() -> None:
+    clock = track()
+    clock.accept(1, 0, now=0.0)
+    clock.advance(FRAME)
+    assert clock.accept(2**53, 2**53 - 2, now=0.085) == 54
+    # The last of them only in part: 1.085 s in all.
+    assert clock.advance(FRAME) == (8680, 8680 - FRAME)
+
+
+def test_a_number_on_two_tracks_settles_that_each_counts_its_own() -> None:
+    counter = SharedCounter()
+    counter.together = True
+    counter.saw(7, Track.INBOUND)
+    counter.saw(7, Track.OUTBOUND)
+    assert counter.together is False
