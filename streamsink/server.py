@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -122,6 +122,8 @@ class Server:
         self._tasks: list[asyncio.Task[None]] = []
         self._watchdog: Watchdog | None = None
         self._hurry = asyncio.Event()
+        # The event loop's, to be put back.
+        self._handler_before: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object] | None = None
 
     def _load_certificate(self) -> None:
         cert, key = self.settings.cert, self.settings.key
@@ -196,6 +198,8 @@ class Server:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
+        self._handler_before = loop.get_exception_handler()
+        loop.set_exception_handler(_on_loop_exception)
         self.metrics.watch(endpoint.sessions)
         web = Web(endpoint, self.access.admin, self.access.status_secret)
         self._uvicorn = _Uvicorn(self._uvicorn_config(web.app(), endpoint))
@@ -285,6 +289,7 @@ class Server:
             await housekeeping
         if self._watchdog is not None:
             self._watchdog.stop()
+        asyncio.get_running_loop().set_exception_handler(self._handler_before)
         log.info("stopped")
 
     async def __aenter__(self) -> Self:
@@ -328,7 +333,6 @@ class Server:
         raise_open_file_limit()
         # Not asyncio.Runner: it waits without end for a hook that swallows its cancellation.
         loop = new_event_loop()
-        loop.set_exception_handler(_on_loop_exception)
         try:
             loop.run_until_complete(self.serve())
             left = asyncio.all_tasks(loop)
