@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ def safe(name: str) -> str:
 def reserve(directory: Path, started_at: datetime, name: str) -> str:
     """Find a stem nobody uses and reserve it by making ``<stem>.json.part``, empty, 0600.
 
-    Any number of processes may do so in one folder at once.
+    Any number of threads and processes may do so in one folder at once. A process tries each number only once, however
+    many streams of one name start in one second.
 
     Args:
         directory: Made, 0700, where it is missing.
@@ -40,7 +43,8 @@ def reserve(directory: Path, started_at: datetime, name: str) -> str:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     first = f"{started_at.astimezone(UTC):%Y%m%dT%H%M%SZ}_{safe(name)}"
-    for stem in _candidates(first):
+    for number in _numbers(directory, first):
+        stem = first if number == 1 else f"{first}_{number}"
         reservation = directory / f"{stem}.json.part"
         try:
             os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
@@ -50,15 +54,13 @@ def reserve(directory: Path, started_at: datetime, name: str) -> str:
         if not any(path.exists() for path in _files(directory, stem)):
             return stem
         reservation.unlink()
-    raise AssertionError("unreachable: the candidates are endless")
+    raise AssertionError("unreachable: the numbers are endless")
 
 
-def _candidates(first: str) -> Iterator[str]:
-    yield first
-    number = 2
-    while True:
-        yield f"{first}_{number}"
-        number += 1
+@functools.lru_cache(maxsize=1024)
+def _numbers(directory: Path, first: str) -> Iterator[int]:
+    """The numbers this process has not tried yet: they only save time, what a number is worth the disk says."""
+    return itertools.count(1)
 
 
 def _files(directory: Path, stem: str) -> Iterator[Path]:

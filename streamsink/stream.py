@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ class Control(Protocol):
 
 
 class Stream:
-    """One stream of a call. For the event loop only, but for :meth:`from_thread`.
+    """One stream of a call. For the event loop only, but for :attr:`stem` and :meth:`from_thread`.
 
     Attributes:
         sid: The stream's identifier, unique among live streams.
@@ -85,17 +86,21 @@ class Stream:
         self._control = control
         self._loop = loop
         self._stem: str | None = None
+        self._reserving = threading.Lock()
 
     @property
     def stem(self) -> str:
-        """The name, without an ending, of all files about this stream; reserved on disk when first asked for.
+        """The name, without an ending, of all files about this stream; all its processors share it.
+
+        Reserved on disk when first asked for: best in the thread that then writes the files. Safe in any thread.
 
         Raises:
             OSError: The recordings folder cannot be written.
         """
-        if self._stem is None:
-            self._stem = reserve(self.recordings, self.started_at, self.name or self.sid)
-        return self._stem
+        with self._reserving:
+            if self._stem is None:
+                self._stem = reserve(self.recordings, self.started_at, self.name or self.sid)
+            return self._stem
 
     def play(self, samples: Samples, sample_rate: int) -> Playout:
         """Queue audio for the call; never blocks.

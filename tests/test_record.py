@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import wave
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +264,9 @@ async def test_a_killed_process_leaves_a_file_that_plays(tmp_path: Path) -> None
     assert sidecar(tmp_path / f"{STEM}.json.part")["complete"] is False
 
 
-async def test_a_thousand_recordings_at_once_share_one_thread(tmp_path: Path) -> None:
+async def test_a_thousand_recordings_at_once_share_a_few_threads(tmp_path: Path) -> None:
     streams = [make_stream(tmp_path, sid=f"s{i}", name=None) for i in range(1000)]
-    # The first recording of the process starts the thread.
+    # The first recording of the process starts them.
     first = await started(streams[0])
     threads = threading.active_count()
     processors = [first, *await asyncio.gather(*map(started, streams[1:]))]
@@ -278,6 +280,33 @@ async def test_a_thousand_recordings_at_once_share_one_thread(tmp_path: Path) ->
     for number in range(1000):
         samples = read(tmp_path / f"20261120T204218Z_s{number}.wav")
         assert samples.tolist() == [number] * 320 + [0] * 160 + [number] * 160
+
+
+async def test_the_stem_is_reserved_off_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names_of_threads = []
+    stem = vars(Stream)["stem"].fget
+
+    def asked(stream: Stream) -> str:
+        names_of_threads.append(threading.current_thread().name)
+        return str(stem(stream))
+
+    monkeypatch.setattr(Stream, "stem", property(asked))
+    stream = make_stream(tmp_path)
+    await ended(stream, await started(stream))
+    assert names_of_threads == ["streamsink-record"]
+
+
+async def test_threads_that_ask_for_the_stem_at_once_get_the_same(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    together = threading.Barrier(8, timeout=20)
+
+    def ask() -> str:
+        together.wait()
+        return stream.stem
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [asked.result() for asked in [pool.submit(ask) for _ in range(8)]] == [STEM] * 8
+    assert names(tmp_path) == [f"{STEM}.json.part"]
 
 
 async def test_the_rate_asked_for_is_the_files_rate(tmp_path: Path) -> None:
@@ -314,6 +343,130 @@ async def test_a_track_nobody_announced_makes_the_recording_incomplete(tmp_path:
     await ended(stream, processor)
     assert read(tmp_path / f"{STEM}.wav").tolist() == counting(0, 160).tolist()
     assert sidecar(tmp_path / f"{STEM}.json")["complete"] is False
+
+
+# --- Disks that are slow ---------------------------------------------------------------------------------------------
+
+
+class SlowDisk:
+    """Every fsync of a file waits for as many more as there are finishing threads, that of a folder for ``renamed``."""
+
+    def __init__(self) -> None:
+        self.together = threading.Barrier(record.FINISHERS, timeout=20)
+        self.renamed = threading.Event()
+        self.folders = 0
+        self._fsync = os.fsync
+
+    def fsync(self, fd: int) -> None:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            self.together.wait()
+        else:
+            self.folders += 1
+            assert self.renamed.wait(20)
+        self._fsync(fd)
+
+
+async def test_recordings_are_finished_side_by_side_and_share_the_folders_fsync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk()
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    streams = [make_stream(tmp_path, sid=f"s{i}", name=None) for i in range(record.FINISHERS)]
+    processors = await asyncio.gather(*map(started, streams))
+    ending = asyncio.gather(*map(ended, streams, processors))
+    await until(lambda: len(list(tmp_path.glob("*.json"))) == record.FINISHERS)
+    disk.renamed.set()
+    await ending
+    assert {name.partition(".")[2] for name in names(tmp_path)} == {"json", "wav"}
+    assert len(names(tmp_path)) == 2 * record.FINISHERS
+    # The first and the one that began after all had their names; one more where a thread came late to ask.
+    assert disk.folders < record.FINISHERS / 2
+
+
+async def test_live_streams_go_on_to_disk_while_others_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda fd: held(stuck))
+    streams = [make_stream(tmp_path, sid=f"s{i}", name=None) for i in range(2 * record.FINISHERS)]
+    processors = await asyncio.gather(*map(started, streams))
+    live = make_stream(tmp_path)
+    processor = await started(live)
+    ending = asyncio.gather(*map(ended, streams, processors))
+    processor.on_frame(frame(counting(0, 4000)))
+    await until(lambda: frames_in(tmp_path / f"{STEM}.wav.part") == 4000)
+    assert not ending.done()
+    # Nor does a new one wait.
+    late = await started(make_stream(tmp_path, name="late"))
+    stuck.set()
+    await ending
+    await ended(live, processor)
+    await late.on_stop("stop")
+    assert len(names(tmp_path)) == 2 * (2 * record.FINISHERS + 2)
+
+
+GIVEN_UP = """
+import asyncio, os, sys, threading
+from pathlib import Path
+from streamsink.processors import record
+from streamsink.processors.record import Record
+from tests.streams import counting, frame, make_stream
+
+fsync = os.fsync
+record.STALLED = float(sys.argv[2])
+
+def slow(fd):
+    # The main thread ends first, then what it gave up on gets to the disk; or never.
+    threading.main_thread().join()
+    if record.STALLED < 1:
+        threading.Event().wait()
+    fsync(fd)
+
+os.fsync = slow
+
+async def main():
+    processors = [Record() for _ in range(20)]
+    for number, processor in enumerate(processors):
+        await processor.on_start(make_stream(Path(sys.argv[1]), sid=f"s{number}", name=None))
+        processor.on_frame(frame(counting(number, 160)))
+    ending = [asyncio.ensure_future(processor.on_stop("shutdown")) for processor in processors]
+    done, pending = await asyncio.wait(ending, timeout=0.1)
+    assert len(pending) == 20
+    for task in pending:
+        task.cancel()
+
+asyncio.run(main())
+"""
+
+
+async def give_up(directory: Path, stalled: float) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", GIVEN_UP, str(directory), str(stalled)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    return await process.wait(), out.decode(), err.decode()
+
+
+async def test_what_was_given_up_on_is_finished_before_the_process_exits(tmp_path: Path) -> None:
+    status, out, err = await give_up(tmp_path, 20.0)
+    assert (status, err) == (0, "")
+    assert out.count("recorded") == 20
+    assert names(tmp_path) == sorted(f"20261120T204218Z_s{n}.{ending}" for n in range(20) for ending in ("json", "wav"))
+    for number in range(20):
+        stem = f"20261120T204218Z_s{number}"
+        assert read(tmp_path / f"{stem}.wav").tolist() == counting(number, 160).tolist()
+        assert sidecar(tmp_path / f"{stem}.json")["complete"] is True
+
+
+async def test_a_disk_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    status, out, err = await give_up(tmp_path, 0.1)
+    assert (status, err) == (0, "")
+    assert "the disk hangs" in out
+    assert [name for name in names(tmp_path) if name.endswith(".wav.part")] == sorted(
+        f"20261120T204218Z_s{n}.wav.part" for n in range(20)
+    )
 
 
 # --- Disks that fail -------------------------------------------------------------------------------------------------
@@ -400,11 +553,30 @@ async def test_a_full_disk_ends_the_recording_with_a_sidecar_that_says_so(
     assert (told["complete"], told["sha256"]) == (False, hashlib.sha256(wav).hexdigest())
 
 
-async def test_a_disk_that_is_full_from_the_start_is_an_os_error_and_leaves_no_audio_file(tiny_disk: Path) -> None:
+async def test_a_disk_that_is_full_from_the_start_is_an_os_error_and_leaves_nothing(tiny_disk: Path) -> None:
     (tiny_disk / "filler").write_bytes(bytes(64 * 1024))
     with pytest.raises(OSError, match="No space left"):
         await started(make_stream(tiny_disk))
-    assert names(tiny_disk) == [f"{STEM}.json.part", "filler"]
+    assert names(tiny_disk) == ["filler"]
+
+
+async def test_a_sidecar_that_cannot_be_written_leaves_nothing_but_a_stem_that_others_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ended(stream := make_stream(tmp_path / "first"), await started(stream))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("msgspec.json.format", unwritable)
+    for sid, processors in (("alone", ("record",)), ("shared", ("record", "notes"))):
+        with pytest.raises(OSError, match="No space left"):
+            await started(make_stream(tmp_path / "full", name=None, sid=sid, processors=processors))
+    with pytest.raises(OSError, match="No space left"):
+        await started(make_stream(tmp_path, processors=("record", "notes")), directory=tmp_path / "full")
+    assert names(tmp_path / "full") == ["20261120T204218Z_shared.json.part"]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def unwritable(text: bytes, *, indent: int) -> bytes:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 async def test_a_failure_at_the_very_end_is_raised_by_on_stop(tmp_path: Path, file_size_limit: int) -> None:
@@ -459,19 +631,19 @@ async def test_a_disk_that_does_not_keep_up_ends_the_recording(tmp_path: Path, m
     assert sidecar(tmp_path / f"{STEM}.json")["complete"] is False
 
 
-async def test_a_start_that_is_given_up_leaves_no_audio_file_behind(tmp_path: Path) -> None:
+async def test_a_start_that_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
     stuck = threading.Event()
     waiting = record._writer.run(lambda: held(stuck))
     descriptors = len(os.listdir("/proc/self/fd"))
     starting = asyncio.create_task(started(make_stream(tmp_path)))
-    await until(lambda: (tmp_path / f"{STEM}.json.part").exists())
+    await until(lambda: record._writer._owed == 2)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
     stuck.set()
     await waiting
     await record._writer.run(lambda: None)
-    assert names(tmp_path) == [f"{STEM}.json.part"]
+    assert names(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import os
 import stat
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -76,6 +78,23 @@ def test_processes_that_reserve_at_once_never_share_a_stem(tmp_path: Path) -> No
         stems = [stem for stems in pool.map(_reserve_many, [tmp_path] * 4) for stem in stems]
     assert len(set(stems)) == 200
     assert {f"{stem}.json.part" for stem in stems} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_many_of_one_name_try_each_number_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2, 12):
+        (tmp_path / f"20261120T204218Z_same_{number}.json").write_bytes(b"theirs")
+    tried = itertools.count()
+    really_open = os.open
+
+    def counted_open(path: Path, flags: int, mode: int) -> int:
+        next(tried)
+        return really_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", counted_open)
+    stems = [reserve(tmp_path, STARTED_AT, "same") for _ in range(100)]
+    assert stems == [f"20261120T204218Z_same{suffix}" for suffix in ("", *(f"_{n}" for n in range(12, 111)))]
+    # Ten were theirs.
+    assert next(tried) == 110
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:

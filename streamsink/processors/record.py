@@ -1,14 +1,18 @@
 """Record: every stream a WAV file, and beside it a JSON sidecar that tells what it is.
 
 Audio is placed by sample count: where messages were lost or a track started late there is silence, and arrival times
-play no part. One thread writes for all streams of the process.
+play no part. One thread writes for all streams of the process; a few more finish the files of those that have ended,
+which waits for the disk, also when the process exits meanwhile.
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
+import atexit
 import contextlib
+import functools
+import math
 import os
 import queue
 import threading
@@ -36,6 +40,10 @@ FLUSH_INTERVAL = 0.5
 """Seconds between two writes of a stream: a crash loses no more audio than that."""
 MOST_PENDING = 3000
 """Frames of a stream that may wait for a disk which does not keep up."""
+FINISHERS = 8
+"""Recordings finished at once: disks take many fsyncs in the time of one."""
+STALLED = 10.0
+"""Seconds without any progress after which an exiting process takes the disk for hung."""
 
 
 class Gap(msgspec.Struct):
@@ -98,7 +106,6 @@ class Record(Processor):
         self._log = log.bind(stream=stream.sid, call=stream.call_sid)
         self._tracks = [track for track in Track if track in stream.tracks]
         directory = self._directory or stream.recordings
-        stem = None if self._directory else stream.stem
         sidecar = Sidecar(
             stream_sid=stream.sid,
             call_sid=stream.call_sid,
@@ -116,9 +123,9 @@ class Record(Processor):
             close_reason="",
             complete=False,
         )
-        self._recording = _Recording(sidecar, directory, self._tracks, self._pending)
+        self._recording = _Recording(sidecar, directory, self._tracks, self._pending, self._log)
         try:
-            await asyncio.shield(_writer.run(lambda: self._recording.open(stem)))
+            await _writer.run(lambda: self._recording.open(None if self._directory else stream.stem))
         except asyncio.CancelledError:
             # The disk took too long; nobody will stop what has not started.
             _writer.run(self._recording.discard)
@@ -152,20 +159,14 @@ class Record(Processor):
         sidecar.close_code = self._stream.close_code
         sidecar.close_reason = self._stream.close_reason
         sidecar.complete = reason != "error" and not self._stray
-        # Shielded: a thread that has begun to end a file ends it, whatever becomes of who asked.
-        await asyncio.shield(_writer.run(self._recording.close))
-        self._log.info(
-            "recorded",
-            file=self._recording.path.name,
-            seconds=round(sidecar.duration_seconds, 3),
-            complete=sidecar.complete,
-        )
+        # Given up on by who asked, the threads still come to the end of it.
+        await _writer.run(self._recording.close)
         if self._recording.error is not None:
             raise self._recording.error
 
 
 class _Recording:
-    """The writer's side of a recording: everything here blocks and runs in the writer's thread.
+    """The writer's side of a recording: everything here blocks and runs in the writer's threads.
 
     Attributes:
         sidecar: What is known of the stream so far.
@@ -173,14 +174,24 @@ class _Recording:
         error: Why nothing more is written; the event loop looks at it too.
     """
 
-    def __init__(self, sidecar: Sidecar, directory: Path, tracks: list[Track], pending: deque[Frame]) -> None:
+    def __init__(
+        self,
+        sidecar: Sidecar,
+        directory: Path,
+        tracks: list[Track],
+        pending: deque[Frame],
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
         self.sidecar = sidecar
         self.path = directory
         self.error: Exception | None = None
         self._directory = directory
         self._tracks = tracks
         self._pending = pending
+        self._log = log
         self._wav: WavPart | None = None
+        # What holds the stem, where nobody but this recording can build on it.
+        self._reservation: Path | None = None
         # Channel, start and length in samples, one after the other: a bad hour has thousands.
         self._gaps = array.array("q")
 
@@ -188,29 +199,42 @@ class _Recording:
         """Make the files, under ``stem`` if it is free for audio, else under a new one.
 
         Raises:
-            OSError: They cannot be made.
+            OSError: They cannot be made; what was made of them is gone again.
         """
         try:
-            self._open(stem or self._reserve())
-        except FileExistsError:
-            # Another recording of this stream, at another rate, was first.
-            self._open(self._reserve())
-        self._write_sidecar(final=False)
+            self._make_wav(stem)
+            self._write_sidecar(final=False)
+        except Exception:
+            self.discard()
+            raise
         _writer.add(self)
 
-    def _reserve(self) -> str:
-        return reserve(self._directory, self.sidecar.started_at, self.sidecar.name or self.sidecar.stream_sid)
+    def _make_wav(self, stem: str | None) -> None:
+        if stem is not None:
+            try:
+                self._open(stem, shared=len(self.sidecar.processors) > 1)
+            except FileExistsError:
+                # Another recording of this stream, at another rate, was first.
+                pass
+            else:
+                return
+        name = self.sidecar.name or self.sidecar.stream_sid
+        self._open(reserve(self._directory, self.sidecar.started_at, name), shared=False)
 
-    def _open(self, stem: str) -> None:
+    def _open(self, stem: str, *, shared: bool) -> None:
         self.path = self._directory / f"{stem}.wav"
+        self._reservation = None if shared else self.path.with_suffix(".json.part")
         self._wav = WavPart(self.path, self.sidecar.sample_rate, len(self._tracks))
 
     def discard(self) -> None:
-        """Undo :meth:`open`."""
-        if self._wav is not None:
-            with contextlib.suppress(OSError):
+        """Undo :meth:`open`; a stem that other processors of the stream share stays reserved."""
+        with contextlib.suppress(OSError):
+            if self._wav is not None:
                 self._wav.discard()
-            self._wav = None
+        self._wav = None
+        with contextlib.suppress(OSError):
+            if self._reservation is not None:
+                self._reservation.unlink(missing_ok=True)
 
     def flush(self) -> bool:
         """Write what is pending; whether there will be more."""
@@ -245,8 +269,8 @@ class _Recording:
         for channel, run in runs.items():
             wav.write(np.concatenate(run), starts[channel], channel)
 
-    def close(self) -> None:
-        """End the files, as far as the disk allows; what it does not allow is in :attr:`error`."""
+    def close(self) -> Rest:
+        """Write what is left; returns what then ends the files. What the disk does not allow is in :attr:`error`."""
         wav, self._wav = self._wav, None
         assert wav is not None
         with self._failing():
@@ -254,13 +278,17 @@ class _Recording:
                 self._write_pending(wav)
         with self._failing():
             wav.flush()
+        return functools.partial(self._finish, wav)
+
+    def _finish(self, wav: WavPart) -> None:
         self.sidecar.duration_seconds = wav.frames / self.sidecar.sample_rate
         with self._failing():
             try:
+                so_far = None
                 for digest in wav.digest():
-                    self.sidecar.sha256 = digest
-                    # A long file takes seconds to read: the other streams' audio goes on to disk meanwhile.
-                    _writer.flush_due()
+                    so_far = digest
+                    _writer.moved()
+                self.sidecar.sha256 = so_far
             finally:
                 wav.finish()
         rate = self.sidecar.sample_rate
@@ -269,11 +297,13 @@ class _Recording:
         self.sidecar.complete = self.sidecar.complete and self.error is None
         with self._failing():
             self._write_sidecar(final=True).rename(self.path.with_suffix(".json"))
-            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _folder(self._directory).sync()
+        self._log.info(
+            "recorded",
+            file=self.path.name,
+            seconds=round(self.sidecar.duration_seconds, 3),
+            complete=self.sidecar.complete,
+        )
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -297,56 +327,128 @@ class _Recording:
         return path
 
 
+class _Folder:
+    """A folder that many recordings bring to the disk together.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._turn = threading.Lock()
+        # When the last fsync that succeeded began.
+        self._synced = -math.inf
+
+    def sync(self) -> None:
+        """Put every name given so far on the disk for good.
+
+        Raises:
+            OSError: The disk is broken.
+        """
+        asked = time.monotonic()
+        with self._turn:
+            if self._synced > asked:
+                # One that began while we waited took ours along.
+                return
+            began = time.monotonic()
+            fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            self._synced = began
+
+
+_folder = functools.lru_cache(maxsize=64)(_Folder)
+
+
+Rest = Callable[[], None]
+Job = Callable[[], Rest | None]
+
+
 class _Writer:
-    """The thread that writes all recordings of the process, each every :data:`FLUSH_INTERVAL`."""
+    """The thread that writes all recordings of the process, each every :data:`FLUSH_INTERVAL`, and those that finish.
+
+    A job runs in the writing thread; what it returns is its rest, which takes long and runs in a finishing thread.
+    """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        # When each is due; in order, since all wait equally long. The thread's own.
+        self._jobs: queue.SimpleQueue[tuple[Job, Future[None]]] = queue.SimpleQueue()
+        self._rests: queue.SimpleQueue[tuple[Rest, Future[None]]] = queue.SimpleQueue()
+        # When each is due; in order, since all wait equally long. The writing thread's own.
         self._live: deque[tuple[float, _Recording]] = deque()
-        self._thread: threading.Thread | None = None
+        self._started = False
         self._starting = threading.Lock()
+        # Jobs that are not over, rest and all.
+        self._owed = 0
+        self._moved = threading.Condition()
 
-    def run(self, job: Callable[[], None]) -> asyncio.Future[None]:
-        """Run a job in the thread; for the event loop."""
+    def run(self, job: Job) -> asyncio.Future[None]:
+        """Run a job, rest and all; for the event loop. It runs to its end, also when what this returns is cancelled."""
         with self._starting:
-            if self._thread is None:
-                # Daemonic: a disk that hangs must not keep the process from ending; .part files are repaired.
-                self._thread = threading.Thread(target=self._work, name="streamsink-record", daemon=True)
-                self._thread.start()
+            if not self._started:
+                self._start()
         future: Future[None] = Future()
-        # From here on it cannot be cancelled, only abandoned.
         future.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                job()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
-        self._jobs.put(run)
+        with self._moved:
+            self._owed += 1
+        self._jobs.put((job, future))
         return asyncio.wrap_future(future)
+
+    def _start(self) -> None:
+        # All now: while the process exits none can be started. Daemonic: a disk that hangs must not keep it for ever.
+        threading.Thread(target=self._write, name="streamsink-record", daemon=True).start()
+        for number in range(FINISHERS):
+            threading.Thread(target=self._finish, name=f"streamsink-record-{number}", daemon=True).start()
+        atexit.register(self._wait)
+        self._started = True
 
     def add(self, recording: _Recording) -> None:
         """Write this recording from now on, until its ``flush`` says that it is over; for jobs."""
         self._live.append((time.monotonic() + FLUSH_INTERVAL, recording))
 
-    def flush_due(self) -> None:
-        """Write what is due; for jobs that take long."""
-        now = time.monotonic()
-        while self._live and self._live[0][0] <= now:
-            _, recording = self._live.popleft()
-            if recording.flush():
-                self._live.append((now + FLUSH_INTERVAL, recording))
+    def moved(self) -> None:
+        """Tell who waits that the disk does something; for jobs and rests."""
+        with self._moved:
+            self._moved.notify_all()
 
-    def _work(self) -> None:
+    def _write(self) -> None:
         while True:
-            self.flush_due()
+            now = time.monotonic()
+            while self._live and self._live[0][0] <= now:
+                _, recording = self._live.popleft()
+                if recording.flush():
+                    self._live.append((now + FLUSH_INTERVAL, recording))
             wait = max(0.0, self._live[0][0] - time.monotonic()) if self._live else None
             with contextlib.suppress(queue.Empty):
-                self._jobs.get(timeout=wait)()
+                self._run(*self._jobs.get(timeout=wait))
+
+    def _finish(self) -> None:
+        while True:
+            self._run(*self._rests.get())
+
+    def _run(self, job: Job, future: Future[None]) -> None:
+        try:
+            rest = job()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            if rest is not None:
+                self._rests.put((rest, future))
+                return
+            future.set_result(None)
+        with self._moved:
+            self._owed -= 1
+            self._moved.notify_all()
+
+    def _wait(self) -> None:
+        """Let what is owed come to its end before the process does, for as long as the disk does something."""
+        with self._moved:
+            while self._owed:
+                if not self._moved.wait(STALLED):
+                    log.error("recordings keep .part: the disk hangs", recordings=self._owed)
+                    return
 
 
 _writer = _Writer()

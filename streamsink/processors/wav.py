@@ -23,7 +23,7 @@ from streamsink.audio import Samples
 _HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _LONGEST = 2**32 - _HEADER.size
 """Bytes of audio; RIFF counts in 32 bits."""
-_READ = 4 << 20
+_READ = 1 << 20
 
 
 class WavPart:
