@@ -53,7 +53,9 @@ def upgrade(path: str = "/", token: str | None = TOKEN, *extra: str) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def masked(data: bytes, opcode: int = TEXT, *, fin: bool = True, rsv: int = 0) -> bytes:
+def masked(
+    data: bytes, opcode: int = TEXT, *, fin: bool = True, rsv: int = 0, mask: bytes = b"\x0b\xad\xca\xfe"
+) -> bytes:
     """A client's frame (RFC 6455 §5.2)."""
     first = (128 if fin else 0) | rsv | opcode
     if len(data) < 126:
@@ -62,7 +64,6 @@ def masked(data: bytes, opcode: int = TEXT, *, fin: bool = True, rsv: int = 0) -
         head = bytes((first, 254)) + len(data).to_bytes(2, "big")
     else:
         head = bytes((first, 255)) + len(data).to_bytes(8, "big")
-    mask = b"\x0b\xad\xca\xfe"
     return head + mask + apply_mask(data, mask)
 
 

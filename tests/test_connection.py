@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from websockets.frames import Close, Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
-from websockets.speedups import apply_mask
 
 from streamsink.config import Settings
 from streamsink.connection import MAX_FRAGMENTS, STALL_LIMIT, Connection, _close_reason
 from streamsink.metrics import Metrics
 from streamsink.session import Endpoint, Session
+from tests.peer import masked
 
 HEAD = (
     b"GET / HTTP/1.1\r\nhost: example.org\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
@@ -125,17 +125,6 @@ class Opened:
         self.connection.connection_lost(None)
         if session is not None:
             await session.done.wait()
-
-
-def masked(data: bytes, opcode: int = 1, fin: bool = True, mask: bytes = b"\x01\x02\x03\x04", rsv: int = 0) -> bytes:
-    first = (128 if fin else 0) | rsv | opcode
-    if len(data) < 126:
-        head = bytes((first, 128 | len(data)))
-    elif len(data) < 65536:
-        head = bytes((first, 254)) + len(data).to_bytes(2, "big")
-    else:
-        head = bytes((first, 255)) + len(data).to_bytes(8, "big")
-    return head + mask + apply_mask(data, mask)
 
 
 async def test_the_upgrade_is_answered() -> None:
