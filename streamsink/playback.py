@@ -69,6 +69,7 @@ class Playout:
         # Samples handed to the far end, at _rate, and when the last of them will have been played there.
         self._sent = 0
         self._end = 0.0
+        # Played to its end, with nobody waiting to hear of it.
         self._heard = False
         self._result: Played | None = None
         self._future: asyncio.Future[Played] | None = None
@@ -96,7 +97,7 @@ class Playout:
         return self._result
 
     def _played_ms(self, now: float) -> int:
-        unheard = max(0.0, self._end + self._playback.lag - now) if self._sent else 0.0
+        unheard = 0.0 if self._heard or not self._sent else max(0.0, self._end + self._playback.lag - now)
         return max(0, round(self._sent * 1000 / self._rate - unheard * 1000))
 
     def _be_heard(self, now: float) -> None:
@@ -190,8 +191,7 @@ class Playback:
             CodecError: The array or the rate cannot be used.
             StreamClosed: The stream has ended.
         """
-        if self._closed:
-            self._check_open()
+        self._check_open()
         _check_samples("play()", samples)
         if not isinstance(rate, int) or not 8000 <= rate <= 192_000:
             raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate!r}")

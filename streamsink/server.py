@@ -48,8 +48,8 @@ log = structlog.get_logger(__name__)
 BACKLOG = 2048
 HOUSEKEEPING = 1.0
 """Seconds between looks at the certificate's files and at silent streams."""
-STOP_SECONDS = 15.0
-"""Seconds for processors to finish once their streams are closed: on_stop may take ten."""
+STOP_SECONDS = 22.0
+"""Seconds for processors to finish once their streams are closed: on_start may take ten, on_stop ten more."""
 
 
 class Access(NamedTuple):

@@ -401,6 +401,17 @@ async def test_a_playout_is_heard_as_much_later_as_echoes_tell() -> None:
     assert far_end.heard == [(100.05, 160)]
 
 
+async def test_asking_late_how_a_playout_was_heard_takes_nothing_off() -> None:
+    far_end = FarEnd()
+    playout = far_end.playback.play(tone(160), 8000)
+    far_end.playback.mark("m")
+    assert far_end.playback.mark_echoed("m", 100.07)
+    far_end.now += 1
+    far_end.playback.advance(far_end.now)
+    assert playout.played_ms == 20
+    assert await playout == Played(Outcome.FINISHED, 20)
+
+
 # --- A live source ---
 
 
