@@ -4,6 +4,9 @@
     ├── ConfigError                 a setting that cannot be used
     ├── CodecError                  1008  a codec, or audio handed to one, that cannot be used
     ├── ProcessorError              a processor that cannot be found or built
+    ├── PlayoutFull                 more audio is queued on a stream than it takes
+    ├── SpeechError                 an engine for speech that cannot be had, or that failed
+    ├── ChildDied                   a process that works for the endpoint ended
     ├── StreamClosed                the stream ended while it was being used
     ├── TalkBackOff                 the pipeline does not let its processors speak
     ├── SimulationError             a simulation that cannot be run as asked
@@ -38,6 +41,18 @@ class CodecError(StreamsinkError, ValueError):
 
 class ProcessorError(StreamsinkError):
     """A processor cannot be found, or its options do not fit."""
+
+
+class PlayoutFull(StreamsinkError):
+    """More audio is queued on one stream than it takes; what was queued before still plays."""
+
+
+class SpeechError(StreamsinkError):
+    """A speech engine cannot be had or failed; the message says how to mend it."""
+
+
+class ChildDied(StreamsinkError):
+    """A process that works for the endpoint has ended."""
 
 
 class StreamClosed(StreamsinkError):

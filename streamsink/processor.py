@@ -22,6 +22,7 @@ from streamsink.codec import Resampler
 from streamsink.errors import StreamClosed
 
 if TYPE_CHECKING:
+    from streamsink.speech.events import Speaker, Speech, Transcript, VadSettings
     from streamsink.status import StatusEvent
     from streamsink.stream import Stream
 
@@ -53,10 +54,12 @@ class Processor:
     Attributes:
         sample_rate: Ask for a rate in Hz and get it; None takes audio as it comes.
         speaks: Whether the processor may send audio back.
+        vad: Ask for voice activity detection and get ``on_speech``.
     """
 
     sample_rate: int | None = None
     speaks: bool = True
+    vad: VadSettings | None = None
 
     async def on_start(self, stream: Stream) -> None:
         """The stream begins. What arrives meanwhile is held (10 s at most) and then delivered in order."""
@@ -72,6 +75,15 @@ class Processor:
 
     def on_mark(self, name: str, outcome: MarkOutcome) -> None:
         """A mark of ours was played or cleared, or the stream ended before its echo came."""
+
+    def on_speech(self, event: Speech) -> None:
+        """A talker started or stopped; for processors that ask for it with :attr:`vad`."""
+
+    def on_transcript(self, transcript: Transcript) -> None:
+        """Words were recognised by a processor of this stream that transcribes."""
+
+    def on_speaker(self, event: Speaker) -> None:
+        """The active speaker of the room this stream is in has changed."""
 
     def on_status(self, event: StatusEvent) -> None:
         """A status webhook about this stream arrived."""

@@ -31,6 +31,7 @@ from streamsink.stream import Stream
 from streamsink.wire import PlatformWriter, decode_endpoint
 
 if TYPE_CHECKING:
+    from streamsink.speech.events import Speaker, Speech, Transcript
     from streamsink.status import StatusEvent
 
 SPEED = 20
@@ -191,6 +192,7 @@ class _Watched(Processor):
         self.processor = processor
         self.sample_rate = processor.sample_rate
         self.speaks = processor.speaks
+        self.vad = processor.vad
         self.raised: Exception | None = None
         self.started = asyncio.Event()
 
@@ -224,6 +226,18 @@ class _Watched(Processor):
     def on_mark(self, name: str, outcome: MarkOutcome) -> None:
         with self._watching():
             self.processor.on_mark(name, outcome)
+
+    def on_speech(self, event: Speech) -> None:
+        with self._watching():
+            self.processor.on_speech(event)
+
+    def on_transcript(self, transcript: Transcript) -> None:
+        with self._watching():
+            self.processor.on_transcript(transcript)
+
+    def on_speaker(self, event: Speaker) -> None:
+        with self._watching():
+            self.processor.on_speaker(event)
 
     def on_status(self, event: StatusEvent) -> None:
         with self._watching():

@@ -17,7 +17,8 @@ LAYERS = (
     ("_codecs", "capture", "errors", "log", "loop", "metrics", "stem", "watchdog"),
     ("config", "state", "status"),
     ("audio", "auth", "tls"),
-    ("codec", "wire"),
+    ("child", "codec", "wire"),
+    ("speech",),
     ("playback", "processor", "simulator", "stream_object", "track"),
     ("plugins", "stream"),
     ("processors", "session"),
@@ -29,7 +30,7 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # What whoever writes a processor may build on; `stem` is where Stream.stem's names come from.
-FOR_PLUGINS = {"audio", "codec", "errors", "processor", "status", "stem", "stream"}
+FOR_PLUGINS = {"audio", "codec", "errors", "processor", "speech", "status", "stem", "stream"}
 
 
 def modules() -> dict[str, Path]:

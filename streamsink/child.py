@@ -1,0 +1,128 @@
+"""A child process that works where the event loop must not: what holds the GIL, crashes, or is under the GPL.
+
+Messages of msgpack, each behind its length in four octets, over the child's standard input and output. A child ends
+when its input does, so none outlives the endpoint, however that ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
+
+import msgspec
+
+from streamsink.errors import ChildDied
+
+_LENGTH = struct.Struct("<I")
+_encode = msgspec.msgpack.encode
+_decode = msgspec.msgpack.decode
+
+
+class Child:
+    """The endpoint's side of a child process; for the event loop it was started on.
+
+    Args:
+        module: Run as ``python -m module``; it calls :func:`answer`.
+        arguments: Its ``sys.argv[1:]``.
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.module = module
+        self._command = (sys.executable, "-m", module, *arguments)
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: There is no room for one.
+        """
+        # A session of its own: Ctrl-C is for the endpoint, which drains while its children go on.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None before the start."""
+        return None if self._process is None else self._process.pid
+
+    def send(self, message: object) -> None:
+        """Send a message; never blocks. Nothing happens when the child is dead: :meth:`receive` tells.
+
+        Args:
+            message: Whatever msgpack can hold; PCM as bytes.
+        """
+        assert self._process is not None
+        assert self._process.stdin is not None
+        octets = _encode(message)
+        self._process.stdin.write(_LENGTH.pack(len(octets)) + octets)
+
+    async def receive(self) -> Any:
+        """Wait for the child's next message; for one task at a time.
+
+        Raises:
+            ChildDied: The process has ended.
+        """
+        assert self._process is not None
+        assert self._process.stdout is not None
+        try:
+            (length,) = _LENGTH.unpack(await self._process.stdout.readexactly(_LENGTH.size))
+            return _decode(await self._process.stdout.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            status = await self._process.wait()
+            raise ChildDied(f"the process of {self.module} ended with status {status}") from None
+
+    async def close(self, patience: float = 1.0) -> None:
+        """End the process: it is told to, and after ``patience`` seconds made to."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(patience):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+
+def answer(reply: Callable[[Any], Iterable[object]]) -> None:
+    """The child's side: answer messages until there are no more.
+
+    What a library prints goes to standard error and never between the messages.
+
+    Args:
+        reply: Given a message, yields any number of answers; each leaves as it is yielded.
+    """
+    with open(os.dup(sys.stdout.fileno()), "wb") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for message in _messages(sys.stdin.buffer):
+            for item in reply(message):
+                octets = _encode(item)
+                try:
+                    answers.write(_LENGTH.pack(len(octets)) + octets)
+                    answers.flush()
+                except BrokenPipeError:
+                    # Nobody is there to read it; closing must not try again.
+                    os._exit(0)
+
+
+def _messages(source: BinaryIO) -> Iterator[Any]:
+    while len(head := source.read(_LENGTH.size)) == _LENGTH.size:
+        (length,) = _LENGTH.unpack(head)
+        octets = source.read(length)
+        if len(octets) < length:
+            return
+        yield _decode(octets)
