@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import linecache
 import os
 import signal
 import socket
@@ -254,6 +255,8 @@ class Server:
             if ended != trimmed_at and not self.endpoint.sessions:
                 # Ended streams leave cycles of objects, and the allocator keeps what it has: give both back when idle.
                 trimmed_at = ended
+                # Sources that tracebacks showed: small, but enough to hold on to pages all over the heap.
+                linecache.clearcache()
                 gc.collect()
                 _trim()
 

@@ -57,7 +57,7 @@ def reserve(directory: Path, started_at: datetime, name: str) -> str:
     raise AssertionError("unreachable: the numbers are endless")
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=32)
 def _numbers(directory: Path, first: str) -> Iterator[int]:
     """The numbers this process has not tried yet: they only save time, what a number is worth the disk says."""
     return itertools.count(1)
