@@ -72,6 +72,7 @@ class Transcript(msgspec.Struct, frozen=True):
         language: BCP 47, where the engine tells.
         track: Whose voice it is.
         speaker: A name for who spoke: the track's, unless a diarization engine knows better.
+        dropped: Whether this marks a hole: somebody spoke, and nobody could transcribe it. It is final and has no text.
     """
 
     utterance: int
@@ -85,6 +86,49 @@ class Transcript(msgspec.Struct, frozen=True):
     language: str | None = None
     track: Track = Track.INBOUND
     speaker: str = ""
+    dropped: bool = False
+
+
+class SpeechStarted(msgspec.Struct, frozen=True):
+    """A transcription engine heard an utterance begin.
+
+    Attributes:
+        utterance: Its number, as its transcripts give it.
+        at: When, in seconds on the track's media clock.
+        track: On which track.
+    """
+
+    utterance: int
+    at: float
+    track: Track = Track.INBOUND
+
+
+class SpeechEnded(msgspec.Struct, frozen=True):
+    """A transcription engine heard an utterance end; its final transcript may follow or have come.
+
+    Attributes:
+        utterance: Its number, as its transcripts give it.
+        at: When, in seconds on the track's media clock.
+        track: On which track.
+    """
+
+    utterance: int
+    at: float
+    track: Track = Track.INBOUND
+
+
+class EngineError(msgspec.Struct, frozen=True):
+    """A transcription engine failed.
+
+    Attributes:
+        message: What happened and how to mend it; without a word of what was said.
+        recoverable: Whether the engine goes on by itself; what it missed comes as a transcript that is ``dropped``.
+        track: On which track.
+    """
+
+    message: str
+    recoverable: bool
+    track: Track = Track.INBOUND
 
 
 class Speaker(msgspec.Struct, frozen=True):

@@ -1,0 +1,1 @@
+"""Speech to text: the engines, each imported only when chosen."""
