@@ -34,8 +34,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from streamsink.errors import ProcessorError
+from streamsink.errors import ProcessorError, SpeechError
 from streamsink.processor import FunctionProcessor, Processor
+from streamsink.speech.events import VadSettings
+from streamsink.speech.vad import check
 
 ENTRY_POINTS = "streamsink.processors"
 
@@ -50,7 +52,16 @@ _BUILT_IN = {
 _OPTIONS_START = re.compile(r":(?=[A-Za-z_]\w*=)")
 _OPTIONS_COMMA = re.compile(r",(?=[A-Za-z_]\w*=)")
 
-_PLAIN_HOOKS = ("on_frame", "on_played", "on_dtmf", "on_mark", "on_status")
+_PLAIN_HOOKS = (
+    "on_frame",
+    "on_played",
+    "on_dtmf",
+    "on_mark",
+    "on_speech",
+    "on_transcript",
+    "on_speaker",
+    "on_status",
+)
 _ASYNC_HOOKS = ("on_start", "on_stop")
 
 _REQUIRED = inspect.Parameter.empty
@@ -108,18 +119,20 @@ class Plugin:
         """Make an instance.
 
         Raises:
-            ProcessorError: Its ``__init__`` raised, or it asks for a sample rate that cannot be had.
+            ProcessorError: Its ``__init__`` raised, or it asks for a sample rate, or a voice activity detection, that
+                cannot be had.
         """
         try:
             # Copied, since a list that one stream's instance appends to is not another's.
             instance = self.processor(**copy.deepcopy(self.options))
-            rate = instance.sample_rate
+            rate, vad = instance.sample_rate, instance.vad
         except (Exception, SystemExit) as error:
             # A class of an interactive session has no file.
             file = getattr(sys.modules.get(self.processor.__module__), "__file__", None)
             folder = Path(file).parent if file else None
             raise ProcessorError(f"processor `{self.name}` cannot be built: {_where(error, folder)}") from error
         _check_rate(self.name, rate)
+        _check_vad(self.name, vad)
         return instance
 
 
@@ -323,6 +336,17 @@ def _check_rate(name: str, rate: object) -> None:
     raise ProcessorError(
         f"processor `{name}`: sample_rate is {rate!r}; wanted None, or {LOWEST_RATE} to {HIGHEST_RATE} Hz as an int"
     )
+
+
+def _check_vad(name: str, vad: object) -> None:
+    if vad is None:
+        return
+    if not isinstance(vad, VadSettings):
+        raise ProcessorError(f"processor `{name}`: vad is {vad!r}; wanted None or VadSettings(...)")
+    try:
+        check(vad)
+    except SpeechError as error:
+        raise ProcessorError(f"processor `{name}`: {error}") from None
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import inspect
 import time
 from collections import deque
@@ -20,6 +21,7 @@ import structlog
 from streamsink.audio import Frame, Track
 from streamsink.codec import Resampler
 from streamsink.errors import StreamClosed
+from streamsink.speech.vad import Detectors, Listening
 
 if TYPE_CHECKING:
     from streamsink.speech.events import Speaker, Speech, Transcript, VadSettings
@@ -54,7 +56,7 @@ class Processor:
     Attributes:
         sample_rate: Ask for a rate in Hz and get it; None takes audio as it comes.
         speaks: Whether the processor may send audio back.
-        vad: Ask for voice activity detection and get ``on_speech``.
+        vad: Ask for voice activity detection and get ``on_speech``; read once ``__init__`` is over.
     """
 
     sample_rate: int | None = None
@@ -77,7 +79,12 @@ class Processor:
         """A mark of ours was played or cleared, or the stream ended before its echo came."""
 
     def on_speech(self, event: Speech) -> None:
-        """A talker started or stopped; for processors that ask for it with :attr:`vad`."""
+        """A talker started or stopped; for processors that ask for it with :attr:`vad`.
+
+        It comes after ``on_frame`` of the frame in which it was noticed, so behind ``event.at`` by ``speech_ms`` or
+        ``hangover_ms``; Silero works in a thread, and a few frames more may have come meanwhile. Started and stopped
+        take turns. The end of the stream tells nothing: a talker it cuts off gets ``on_stop`` alone.
+        """
 
     def on_transcript(self, transcript: Transcript) -> None:
         """Words were recognised by a processor of this stream that transcribes."""
@@ -364,6 +371,7 @@ class Chain:
         processors: Name and instance of each, in order.
         tally: Where failures are counted.
         clock: Seconds, monotonic; times the calls.
+        detectors: Where voice activity detectors come from; the energy detector for all when left out.
     """
 
     def __init__(
@@ -371,6 +379,7 @@ class Chain:
         processors: Iterable[tuple[str, Processor]],
         tally: Tally,
         clock: Callable[[], float] = time.perf_counter,
+        detectors: Detectors | None = None,
     ) -> None:
         self._guards = [_Guard(name, processor, tally, clock) for name, processor in processors]
         self._as_it_comes = [g for g in self._guards if g.processor.sample_rate is None]
@@ -380,6 +389,13 @@ class Chain:
                 self._by_rate.setdefault(guard.processor.sample_rate, []).append(guard)
         self._taps: dict[tuple[str, Track, int], _Tap] = {}
         self.wants_played = any(type(g.processor).on_played is not Processor.on_played for g in self._guards)
+        # None where nobody asks for it.
+        self._listening: Listening | None = None
+        for guard in self._guards:
+            if guard.processor.vad is not None:
+                if self._listening is None:
+                    self._listening = Listening(detectors or Detectors(), self._frame_at_rate)
+                self._listening.ask(guard.processor.vad, functools.partial(guard.call, "on_speech"))
 
     @property
     def names(self) -> list[str]:
@@ -400,6 +416,8 @@ class Chain:
             if at_rate is not None:
                 for guard in guards:
                     guard.frame(at_rate)
+        if self._listening is not None:
+            self._listening.frame(frame)
 
     def played(self, frame: Frame) -> None:
         """Hand what the far end heard of ours to every processor, each at the rate it asked for."""
@@ -410,6 +428,9 @@ class Chain:
             if at_rate is not None:
                 for guard in guards:
                     guard.call("on_played", at_rate)
+
+    def _frame_at_rate(self, frame: Frame, rate: int) -> Frame | None:
+        return self._at_rate(frame, rate, "on_frame")
 
     def _at_rate(self, frame: Frame, rate: int, hook: str) -> Frame | None:
         if rate == frame.sample_rate:
@@ -427,13 +448,15 @@ class Chain:
 
     async def stop(self, reason: str) -> None:
         """Run every processor's on_stop, once each, after its on_start is over."""
+        if self._listening is not None:
+            self._listening.close()
         await asyncio.gather(*(guard.stop(reason) for guard in self._guards))
 
 
 class _Tap:
     """One track at one more rate: the resampler and where its output stands on the media clock."""
 
-    __slots__ = ("expected", "lost", "position", "rate_in", "rate_out", "resampler")
+    __slots__ = ("expected", "latest", "lost", "made", "position", "rate_in", "rate_out", "resampler")
 
     def __init__(self, first: Frame, rate_out: int) -> None:
         self.rate_in = first.sample_rate
@@ -444,8 +467,17 @@ class _Tap:
         # At rate_out, not told yet.
         self.lost = 0
         self.position = first.start * rate_out // self.rate_in
+        # Whoever asks again for the newest frame gets what was made of it.
+        self.latest: Frame | None = None
+        self.made: Frame | None = None
 
     def push(self, frame: Frame) -> Frame | None:
+        if frame is not self.latest:
+            self.latest = frame
+            self.made = self._push(frame)
+        return self.made
+
+    def _push(self, frame: Frame) -> Frame | None:
         gap = frame.start - self.expected
         if gap > 0:
             silence = self._silence(gap)

@@ -292,6 +292,7 @@ class Server:
             await housekeeping
         if self._watchdog is not None:
             self._watchdog.stop()
+        await asyncio.to_thread(self.endpoint.detectors.close)
         asyncio.get_running_loop().set_exception_handler(self._handler_before)
         log.info("stopped")
 

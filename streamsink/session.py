@@ -26,6 +26,7 @@ from streamsink.metrics import Metrics
 from streamsink.playback import Pacer, Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
+from streamsink.speech.vad import Detectors
 from streamsink.stream import Stream
 from streamsink.track import SharedCounter, TrackClock
 
@@ -82,6 +83,7 @@ class Endpoint:
         self.loop = loop
         self.clock: Callable[[], float] = loop.time
         self.pacer = Pacer(loop, metrics.observe_lateness)
+        self.detectors = Detectors(settings.vad_streams)
         self.draining = False
         # Every session whose processors have not all ended, and the streaming ones by their streamSid.
         self.sessions: set[Session] = set()
@@ -289,7 +291,7 @@ class Session:
             except ProcessorError as error:
                 self.endpoint.metrics.processor_error(plugin.name)
                 self._log.error("processor not built", processor=plugin.name, exc_info=error)
-        return Chain(processors, self.endpoint.metrics)
+        return Chain(processors, self.endpoint.metrics, detectors=self.endpoint.detectors)
 
     def _take_over(self, sid: str) -> None:
         """The newest stream has the streamSid; an older one with the same is closed."""

@@ -56,6 +56,7 @@ def test_defaults() -> None:
         "max_message_bytes": 65536,
         "head_deadline": 10.0,
         "media_silence_seconds": None,
+        "vad_streams": 32,
         "pipelines": {"default": {"processors": ["record"], "talk_back": True}},
     }
 
