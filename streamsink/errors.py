@@ -6,6 +6,7 @@
     ├── ProcessorError              a processor that cannot be found or built
     ├── PlayoutFull                 more audio is queued on a stream than it takes
     ├── SpeechError                 an engine for speech that cannot be had, or that failed
+    ├── BusError                    no answer on the bus between processes
     ├── ChildDied                   a process that works for the endpoint ended
     ├── StreamClosed                the stream ended while it was being used
     ├── TalkBackOff                 the pipeline does not let its processors speak
@@ -49,6 +50,10 @@ class PlayoutFull(StreamsinkError):
 
 class SpeechError(StreamsinkError):
     """A speech engine cannot be had or failed; the message says how to mend it."""
+
+
+class BusError(StreamsinkError):
+    """Nobody answered on the bus, or the bus is lost."""
 
 
 class ChildDied(StreamsinkError):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "streamsink"
 # From what stands on nothing up to the command line; a module imports from lower layers only. A package is one entry.
 LAYERS = (
     ("_codecs", "capture", "errors", "log", "loop", "metrics", "stem", "watchdog"),
-    ("config", "state", "status"),
+    ("bus", "config", "state", "status"),
     ("audio", "auth", "tls"),
     ("child", "codec", "wire"),
     ("speech",),
