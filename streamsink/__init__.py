@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from streamsink.audio import Frame, Track
 from streamsink.codec import CodecSpec
+from streamsink.playout import BargeIn, Outcome, Played, Playout
 from streamsink.processor import MarkOutcome, Processor, processor
 from streamsink.stream import Stream
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
     from streamsink.stream_object import StreamObject
 
 __all__ = [
+    "BargeIn",
     "CodecSpec",
     "Frame",
     "MarkOutcome",
+    "Outcome",
+    "Played",
+    "Playout",
     "Processor",
     "Server",
     "Stream",

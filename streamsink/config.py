@@ -123,6 +123,7 @@ class Settings(BaseSettings):
         start_deadline: Longest wait for ``start`` after the upgrade; s.
         max_message_bytes: Largest message of a peer; bytes.
         head_deadline: Longest time for a request's head or body; s.
+        playout_lead_ms: Audio kept queued at the far end, against a late tick; two packet times at least; ms.
         media_silence_seconds: End a stream that sends no media for so long; s; None: never.
         vad_streams: Tracks that Silero listens to at once; further ones get the energy detector.
         pipelines: By name; there is always a ``default``.
@@ -160,6 +161,7 @@ class Settings(BaseSettings):
     start_deadline: float = Field(default=10.0, gt=0, allow_inf_nan=False, description=_SECONDS)
     max_message_bytes: int = Field(default=65536, ge=1024, description="a whole number from 1024")
     head_deadline: float = Field(default=10.0, gt=0, allow_inf_nan=False, description=_SECONDS)
+    playout_lead_ms: int = Field(default=100, ge=20, le=2000, description="a whole number from 20 to 2000")
     media_silence_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False, description=_SECONDS)
     vad_streams: int = Field(default=32, ge=0, description="a whole number from 0")
     pipelines: dict[str, Pipeline] = Field(

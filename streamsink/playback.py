@@ -1,20 +1,17 @@
 """Outgoing audio: what is due when, marks, clear, and what the far end has heard.
 
 A :class:`Playback` is one stream's queue and does no I/O: it is told the time and hands encoded messages to ``send``.
-A :class:`Pacer` is the one clock that drives all of them.
 
 The far end queues what it gets and plays it in order, so a frame starts there at max(sent, end of the one before).
-That model says how much audio lies ahead of the listener: sending keeps it at :data:`LEAD`, enough to bridge a late
-tick, little enough that a clear is prompt even where the platform ignores it.
+That model says how much audio lies ahead of the listener: sending keeps it at a lead, enough to bridge a late tick,
+little enough that a clear is prompt even where the platform ignores it. The far end's clock is not ours: how long a
+frame lasts there follows the slope of the audio that comes from it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import enum
-import heapq
-from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,99 +19,44 @@ import structlog
 
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec, Encoder, Resampler
-from streamsink.errors import CodecError, StreamClosed
+from streamsink.errors import CodecError, PlayoutFull, StreamClosed
+from streamsink.gain import Gain, factor, mixed
+from streamsink.playout import (
+    INT16,
+    NOTHING,
+    PULL_AHEAD,
+    Audio,
+    BargeIn,
+    Outcome,
+    Played,
+    Playout,
+    RichPlayout,
+    check_rate,
+    check_samples,
+    to_int16,
+)
 from streamsink.wire import Writer
+
+__all__ = ["LEAD", "LIVE_LEAD", "BargeIn", "Outcome", "Playback", "Played", "Playout"]
 
 log = structlog.get_logger(__name__)
 
 LEAD = 0.1
-"""Seconds of audio kept queued at the far end."""
+"""Seconds of audio kept queued at the far end, unless the settings say otherwise."""
 LIVE_LEAD = 0.02
-"""The same for a live source: what is pulled now is as fresh as can be."""
+"""The same while there is a live source: what is pulled now is as fresh as can be."""
+LIVE_DUCK_DB = 12.0
+"""How much quieter a live source is while queued audio plays."""
+QUEUE_LIMIT = 600.0
+"""Seconds of audio that may be queued on one stream."""
+ITEMS_LIMIT = 100_000
+"""Pieces it may be queued in: ten minutes of the shortest frames and then some."""
+MARKS_LIMIT = 10_000
+"""Marks of one stream whose echo has not come."""
+UNCONFIRMED_AFTER = 5.0
+"""Seconds after its audio must have ended that a mark's echo is waited for; the same for one that was cleared."""
 _EPSILON = 1e-6
 """Seconds; swallows the rounding of sums of durations."""
-
-_INT16 = np.dtype(np.int16)
-_SILENCE: Samples = np.zeros(0, np.int16)
-
-
-class Outcome(enum.Enum):
-    """How a playout ended."""
-
-    FINISHED = "finished"
-    CANCELLED = "cancelled"
-    INTERRUPTED = "interrupted"
-    """A clear dropped it."""
-    CLOSED = "closed"
-    """The stream ended first."""
-
-
-class Played(NamedTuple):
-    """What became of a playout: its outcome and how many milliseconds of it were heard."""
-
-    outcome: Outcome
-    played_ms: int
-
-
-class Playout:
-    """One piece of audio on its way out. Await it to learn how it ended; that never raises."""
-
-    __slots__ = ("_end", "_future", "_heard", "_offset", "_playback", "_rate", "_result", "_samples", "_sent")
-
-    def __init__(self, playback: Playback, samples: Samples, rate: int) -> None:
-        self._playback = playback
-        self._samples = samples
-        self._rate = rate
-        self._offset = 0
-        # Samples handed to the far end, at _rate, and when the last of them will have been played there.
-        self._sent = 0
-        self._end = 0.0
-        # Played to its end, with nobody waiting to hear of it.
-        self._heard = False
-        self._result: Played | None = None
-        self._future: asyncio.Future[Played] | None = None
-
-    @property
-    def played_ms(self) -> int:
-        """Milliseconds of it the far end has played by now."""
-        if self._result is not None:
-            return self._result.played_ms
-        return self._played_ms(self._playback.clock())
-
-    def cancel(self) -> None:
-        """Take out what has not been sent yet; what is queued behind it moves up."""
-        self._playback.cancel(self)
-
-    def __await__(self) -> Generator[object, None, Played]:
-        if self._heard:
-            self._finish(Outcome.FINISHED, self._end)
-        if self._result is None:
-            if self._future is None:
-                self._future = asyncio.get_running_loop().create_future()
-                self._playback.wake()
-            # Shielded: several may wait, and one that gives up must not end it for the others.
-            return (yield from asyncio.shield(self._future).__await__())
-        return self._result
-
-    def _played_ms(self, now: float) -> int:
-        unheard = 0.0 if self._heard or not self._sent else max(0.0, self._end + self._playback.lag - now)
-        return max(0, round(self._sent * 1000 / self._rate - unheard * 1000))
-
-    def _be_heard(self, now: float) -> None:
-        """It was played to its end; a result is made only where somebody asks for it."""
-        if self._future is not None:
-            self._finish(Outcome.FINISHED, now)
-        else:
-            self._heard = True
-            self._samples = _SILENCE
-
-    def _finish(self, outcome: Outcome, now: float) -> None:
-        if self._result is None:
-            played = self._played_ms(now)
-            self._samples = _SILENCE
-            self._result = Played(outcome, played)
-            if self._future is not None and not self._future.done():
-                self._future.set_result(self._result)
 
 
 class _QueuedMark(NamedTuple):
@@ -138,6 +80,16 @@ class Playback:
         send: Takes each message for the socket.
         wake: Called when :attr:`due` has moved up and the pacer should look again.
         clock: Seconds, monotonic.
+        lead: Seconds of audio to keep queued at the far end.
+
+    Attributes:
+        on_played: Given samples the far end has certainly heard, and when they began; frames are kept only while set.
+        on_sent: Given each frame as it is sent, and when it begins to play there as far as is known; for whoever must
+            know our own voice when it comes back. It may not call anything here.
+        on_unconfirmed: Given the name of each mark whose echo has not come in time.
+        frames_sent: Media messages sent.
+        underruns: How often the far end had nothing left to play in the middle of something.
+        lag: How much later than modelled the far end plays, learned from mark echoes, in seconds.
     """
 
     def __init__(
@@ -147,73 +99,121 @@ class Playback:
         send: Callable[[bytes], None],
         wake: Callable[[], None],
         clock: Callable[[], float],
+        lead: float = LEAD,
     ) -> None:
+        self._lead = lead
+        self._slope = 1.0
         self._set_codec(codec)
         self.clock = clock
         self.wake = wake
-        # Whoever wants to know what was heard sets this; frames are kept only then.
         self.on_played: Callable[[Samples, float], None] | None = None
+        self.on_sent: Callable[[Samples, float], None] | None = None
+        self.on_unconfirmed: Callable[[str], None] | None = None
         self.frames_sent = 0
+        self.underruns = 0
+        self.lag = 0.0
         # False while the socket takes no more: what is queued waits.
         self._writable = True
+        self._writable_since = 0.0
         self._writer = writer
         self._send = send
         self._encoder: Encoder = codec.encoder()
         self._queue: deque[Playout | _QueuedMark] = deque()
+        # Seconds of audio in it, sources in it, and all marks that are neither echoed nor cleared.
+        self._queued = 0.0
+        self._feeds = 0
+        self._marks = 0
         # At the stream's rate: made but less than a frame.
-        self._partial: Samples = _SILENCE
+        self._partial: Samples = NOTHING
         self._resampler: Resampler | None = None
         self._resampler_rate = codec.rate
         self._sending: list[Playout] = []
         self._marks_behind_partial: list[str] = []
         self._far_end = 0.0
+        # Whether there was more to send after what was sent last.
+        self._more = False
         # When audio was last queued.
         self._fed_at = 0.0
-        # How much later than modelled the far end plays, learned from mark echoes, in seconds.
-        self.lag = 0.0
         self._pending_marks: deque[tuple[str, float]] = deque()
-        self._cleared_marks: Counter[str] = Counter()
+        # And when they were cleared.
+        self._cleared_marks: deque[tuple[str, float]] = deque(maxlen=MARKS_LIMIT)
         self._finishing: deque[Playout] = deque()
         self._sent: deque[_Sent] = deque()
+        # None as long as queued audio goes out as loud as it is.
+        self._gain: Gain | None = None
         self._live: Callable[[int], Samples] | None = None
+        self._live_gain: Gain | None = None
         self._closed = False
 
     # --- What a stream calls ---
 
-    def play(self, samples: Samples, rate: int) -> Playout:
+    def play(
+        self,
+        samples: Audio | AsyncIterable[Audio],
+        rate: int | None,
+        barge_in: BargeIn | None = None,
+        text: Sequence[tuple[int, str]] = (),
+    ) -> Playout:
         """Queue audio; what is due leaves at once.
 
         Args:
-            samples: Mono PCM, shape ``(n,)``, int16. Must not change until the playout ends.
-            rate: Hz.
+            samples: Mono PCM, shape ``(n,)``, int16 or float32 from -1 to 1, which must not change until the playout
+                ends; or an async iterator of such arrays, which is pulled at most `PULL_AHEAD` seconds before its
+                audio is due, and closed when the playout has ended.
+            rate: Hz. None with an iterator: its attribute ``sample_rate`` tells, once the first array has come.
+            barge_in: What a talker may do to it.
+            text: See :attr:`Playout.text`.
 
         Raises:
             CodecError: The array or the rate cannot be used.
+            PlayoutFull: More would be queued than `QUEUE_LIMIT`.
             StreamClosed: The stream has ended.
         """
-        self._check_open()
-        _check_samples("play()", samples)
-        if not isinstance(rate, int) or not 8000 <= rate <= 192_000:
-            raise CodecError(f"play() wants a rate of 8000 to 192000 Hz, got {rate!r}")
-        playout = Playout(self, np.ascontiguousarray(samples), rate)
+        if self._closed:
+            self._check_open()
         now = self.clock()
-        if len(samples) == self._frame_samples and rate == self.codec.rate and self._takes_a_frame(now):
+        if (
+            isinstance(samples, np.ndarray)
+            and samples.shape == self._frame_shape
+            and samples.dtype == INT16
+            and rate == self._rate
+            and self._takes_a_frame(now)
+            and barge_in is None
+            and not text
+        ):
             # What a relay does for every frame: nothing to cut, to join or to wait for.
-            playout._offset = playout._sent = len(samples)
-            self._send_frame(playout._samples, now)
-            playout._end = self._far_end
-            self._finishing.append(playout)
-            self._settle_heard(now)
-            if self.on_played is not None:
-                self.wake()
-            return playout
+            return self._play_frame(samples, now)  # type: ignore[arg-type]
+        playout: Playout
+        if isinstance(samples, AsyncIterable):
+            playout = RichPlayout(self, samples, 0 if rate is None else check_rate(rate), barge_in, text)
+        else:
+            samples, rate = check_samples("play()", samples), check_rate(rate)
+            if barge_in is None and not text:
+                playout = Playout(self, samples, rate)
+            else:
+                playout = RichPlayout(self, samples, rate, barge_in, text)
+        self._check_room(playout.waiting)
+        self._feeds += playout.feed is not None
         self._queue.append(playout)
-        self._fed_at = now
-        self._advance_and_wake()
+        self.fed(playout.waiting)
+        return playout
+
+    def _play_frame(self, samples: Samples, now: float) -> Playout:
+        playout = Playout(self, samples, self._rate)
+        playout.offset = playout.sent = len(samples)
+        frame = np.ascontiguousarray(samples)
+        self._send_frame(frame if self._gain is None else self._ducked(frame), now)
+        playout.end = self._far_end
+        self._finishing.append(playout)
+        self._settle_heard(now)
+        if self.on_played is not None:
+            self.wake()
         return playout
 
     def play_live(self, source: Callable[[int], Samples] | None) -> None:
-        """Pull audio from ``source`` for each frame, whenever nothing is queued; None ends that.
+        """Pull audio from ``source`` for each frame; None ends that.
+
+        While queued audio plays the source is `LIVE_DUCK_DB` quieter and both are heard.
 
         Args:
             source: Given a number of samples, returns as many: mono PCM at the codec's rate, shape ``(n,)``, int16. One
@@ -226,13 +226,31 @@ class Playback:
         self._live = source
         self._advance_and_wake()
 
+    def duck(self, db: float) -> None:
+        """Make what is queued, and all that follows, ``db`` quieter; 0 makes it as loud as it is again.
+
+        A live source stays as it is. A clear ends it.
+
+        Args:
+            db: 0 or more.
+        """
+        if self._gain is None:
+            if not db:
+                return
+            self._gain = Gain(self._rate)
+        self._gain.slide(factor(db))
+
     def mark(self, name: str) -> None:
         """Queue a mark behind the audio queued so far.
 
         Raises:
+            PlayoutFull: `MARKS_LIMIT` marks have not come back.
             StreamClosed: The stream has ended.
         """
         self._check_open()
+        if self._marks >= MARKS_LIMIT:
+            raise PlayoutFull(f"{MARKS_LIMIT:,} marks of this stream have not come back: wait for on_mark")
+        self._marks += 1
         self._queue.append(_QueuedMark(name))
         self._advance_and_wake()
 
@@ -264,9 +282,10 @@ class Playback:
         """Take one playout's unsent audio out of the queue; what followed moves up."""
         if playout in self._queue:
             self._queue.remove(playout)
+            self._left(playout)
             if playout in self._sending:
                 self._sending.remove(playout)
-            playout._finish(Outcome.CANCELLED, self.clock())
+            playout.finish(Outcome.CANCELLED, self.clock())
             self._advance_and_wake()
 
     def close(self) -> list[str]:
@@ -281,7 +300,14 @@ class Playback:
         self._report_played(now)
         return self._drop(Outcome.CLOSED, now)
 
-    # --- What the session and the pacer call ---
+    # --- What the session, the pacer and sources call ---
+
+    def fed(self, seconds: float) -> None:
+        """So much more audio is there, or a source has come to its end."""
+        if not self._closed:
+            self._queued += seconds
+            self._fed_at = self.clock()
+            self._advance_and_wake()
 
     def mark_echoed(self, name: str, now: float) -> bool:
         """A mark came back.
@@ -290,13 +316,16 @@ class Playback:
             Whether it tells that the audio before it has been played. An echo of a cleared mark, or of none of ours,
             does not.
         """
-        if self._cleared_marks[name]:
-            # Subtracting keeps no key at nought.
-            self._cleared_marks -= Counter((name,))
-            return False
+        while self._cleared_marks and self._cleared_marks[0][1] + UNCONFIRMED_AFTER < now:
+            self._cleared_marks.popleft()
+        for index, (cleared, _) in enumerate(self._cleared_marks):
+            if cleared == name:
+                del self._cleared_marks[index]
+                return False
         for index, (pending, end) in enumerate(self._pending_marks):
             if pending == name:
                 del self._pending_marks[index]
+                self._marks -= 1
                 self.lag = max(0.0, now - end)
                 return True
         return False
@@ -304,18 +333,29 @@ class Playback:
     def set_writable(self, flag: bool) -> None:
         """The socket takes no more, or takes more again."""
         self._writable = flag
-        self._advance_and_wake()
+        # Nothing to do when it takes no more: it says so while a frame is being sent.
+        if flag:
+            self._writable_since = self.clock()
+            self._advance_and_wake()
 
     def set_ptime(self, ptime: int) -> None:
         """Send frames of this many milliseconds from now on."""
         self._set_codec(self.codec.with_ptime(ptime))
 
+    def set_slope(self, slope: float) -> None:
+        """The far end plays so many seconds of audio in a second of ours."""
+        self._slope = slope
+        self._seconds_a_sample = 1 / (self._rate * slope)
+
     def _set_codec(self, codec: CodecSpec) -> None:
         self.codec = codec
+        self._rate = codec.rate
         self._frame_samples = codec.frame_samples
+        self._frame_shape = (codec.frame_samples,)
         self._frame_seconds = codec.ptime / 1000
         # The far end may have this much queued when a frame is sent.
-        self._room = max(LEAD, 2 * self._frame_seconds) - self._frame_seconds + _EPSILON
+        self._room = max(self._lead, 2 * self._frame_seconds) - self._frame_seconds + _EPSILON
+        self.set_slope(self._slope)
 
     def set_byteorder(self, byteorder: Literal["little", "big"]) -> None:
         """Encode L16 in this byte order from now on."""
@@ -325,63 +365,163 @@ class Playback:
     def due(self) -> float | None:
         """When :meth:`advance` wants to be called next; None when nothing is waiting."""
         times = []
-        if self._writable and self._queue:
-            times.append(self._far_end - self._room + _EPSILON)
-        elif self._writable and (len(self._partial) or self._resampler is not None):
-            times.append(self._flush_at)
-        elif self._writable and self._live is not None:
-            times.append(self._far_end - LIVE_LEAD)
+        if self._writable:
+            if self._live is not None:
+                times.append(self._far_end - LIVE_LEAD)
+            elif self._queue and not self._starved:
+                times.append(self._far_end - self._room + _EPSILON)
+            elif len(self._partial) or self._resampler is not None:
+                times.append(self._flush_at)
+            if self._pending_marks:
+                times.append(self._gives_up_at)
         if self._sent:
             times.append(self._sent[0].end + self.lag)
-        times += [playout._end + self.lag for playout in self._finishing if playout._future is not None][:1]
+        times += [playout.end + self.lag for playout in self._finishing if playout.awaited][:1]
         return min(times, default=None)
 
     def advance(self, now: float) -> None:
         """Send every frame and mark that is due, and settle what has been heard."""
-        while self._writable and self._far_end - now <= self._room:
-            frame = self._next_frame(now)
-            if frame is None:
-                break
-            self._send_frame(frame, now)
-        if self._sending and not len(self._partial):
-            self._settle_sent()
         if self._live is not None:
             self._pull(now)
+        if self._live is None:
+            while self._writable and self._far_end - now <= self._room:
+                frame = self._next_frame(now)
+                if frame is None:
+                    break
+                self._send_frame(frame if self._gain is None else self._ducked(frame), now)
+        if self._sending and not len(self._partial):
+            self._settle_sent()
+        if self._feeds:
+            self._want()
+        self._more = self._live is not None or (bool(self._queue) and not self._unbegun)
         self._settle_heard(now)
+        while self._writable and self._pending_marks and self._gives_up_at <= now:
+            name, _ = self._pending_marks.popleft()
+            self._marks -= 1
+            if self.on_unconfirmed is not None:
+                self.on_unconfirmed(name)
+
+    def ahead(self, now: float) -> float:
+        """Seconds of audio the far end has left to play."""
+        return max(0.0, self._far_end - now)
+
+    @property
+    def barge_in(self) -> BargeIn | None:
+        """What a talker may do to what is played at this moment."""
+        heard = self.clock() - self.lag
+        for playout in self._finishing:
+            if playout.barge_in is not None and playout.end > heard:
+                return playout.barge_in
+        return next((playout.barge_in for playout in self._sending if playout.barge_in is not None), None)
 
     # --- Inside ---
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamClosed("the stream has ended: nothing more can be sent on it")
+
+    def _check_room(self, seconds: float) -> None:
+        if self._queued + seconds > QUEUE_LIMIT or len(self._queue) >= ITEMS_LIMIT:
+            raise PlayoutFull(
+                f"{self._queued:.0f} s of audio in {len(self._queue)} pieces are queued, {seconds:.0f} s more are too"
+                f" much: a stream takes {QUEUE_LIMIT:.0f} s; await a playout first, or give an async iterator"
+            )
+
+    def _advance_and_wake(self) -> None:
+        self.advance(self.clock())
+        if self.due is not None:
+            self.wake()
+
+    def _ducked(self, frame: Samples) -> Samples:
+        assert self._gain is not None
+        quieter = self._gain.apply(frame)
+        if self._gain.idle:
+            self._gain = None
+        return quieter
+
     def _pull(self, now: float) -> None:
-        """Send what the live source has, as far as its lead allows and nothing queued comes first."""
-        while self._live is not None and self._far_end - now <= LIVE_LEAD + _EPSILON and self._takes_a_frame(now):
-            try:
-                samples = self._live(self._frame_samples)
-                _check_samples("a live source", samples)
-                if len(samples) != self._frame_samples:
-                    raise CodecError(f"a live source was asked for {self._frame_samples} samples, got {len(samples)}")
-            except Exception:
-                log.exception("live source dropped")
-                self._live = None
-            else:
-                self._send_frame(np.ascontiguousarray(samples), now)
+        """Send what the live source has, as far as its lead allows, and what is queued along with it."""
+        while self._writable and self._far_end - now <= LIVE_LEAD + _EPSILON:
+            frame = self._from_live()
+            if frame is None:
+                return
+            queued = self._next_frame(now)
+            if queued is not None or self._queue or len(self._partial):
+                if self._live_gain is None:
+                    self._live_gain = Gain(self._rate)
+                self._live_gain.slide(factor(LIVE_DUCK_DB))
+            elif self._live_gain is not None:
+                self._live_gain.slide(1.0)
+            if self._live_gain is not None:
+                frame = self._live_gain.apply(frame)
+                if self._live_gain.idle:
+                    self._live_gain = None
+            if queued is not None:
+                frame = mixed(frame, queued if self._gain is None else self._ducked(queued))
+            self._send_frame(frame, now)
+
+    def _from_live(self) -> Samples | None:
+        """The live source's next frame; None when it failed, which is its end."""
+        assert self._live is not None
+        try:
+            samples = self._live(self._frame_samples)
+            if not isinstance(samples, np.ndarray) or samples.dtype != INT16 or samples.shape != self._frame_shape:
+                got = f"{samples.dtype} of shape {samples.shape}" if isinstance(samples, np.ndarray) else type(samples)
+                raise CodecError(f"a live source was asked for int16 of shape {self._frame_shape}, got {got}")
+        except Exception:
+            log.exception("live source dropped")
+            self._live = self._live_gain = None
+            return None
+        return np.ascontiguousarray(samples)
 
     def _takes_a_frame(self, now: float) -> bool:
-        """Whether a whole frame may leave at once, with nothing before it."""
+        """Whether a whole frame may leave at once, with nothing before it or beside it."""
         return (
             self._writable
             and self._far_end - now <= self._room
             and not self._queue
             and not len(self._partial)
             and self._resampler is None
+            and self._live is None
         )
+
+    @property
+    def _starved(self) -> bool:
+        """Whether what comes next is waited for."""
+        head = self._queue[0]
+        return isinstance(head, Playout) and head.starved
+
+    @property
+    def _unbegun(self) -> bool:
+        """Whether what comes next is waited for and nothing of it has come yet."""
+        head = self._queue[0]
+        return isinstance(head, Playout) and not head.taken and head.starved
+
+    def _want(self) -> None:
+        """Have the sources pulled whose audio is soon due."""
+        ahead = 0.0
+        for item in self._queue:
+            if isinstance(item, Playout):
+                ahead += item.waiting
+                if ahead >= PULL_AHEAD:
+                    return
+                if item.feed is not None and not item.feed.ended:
+                    item.feed.want()
+                    # How long it is nobody knows.
+                    return
+
+    def _left(self, playout: Playout) -> None:
+        """A playout is no longer in the queue."""
+        self._queued = self._queued - playout.waiting if self._queue else 0.0
+        self._feeds -= playout.feed is not None
 
     def _settle_heard(self, now: float) -> None:
         """Report and end what has been heard by now."""
         if self._sent:
             self._report_played(now)
         heard = now - self.lag + _EPSILON
-        while self._finishing and self._finishing[0]._end <= heard:
-            self._finishing.popleft()._be_heard(now)
+        while self._finishing and self._finishing[0].end <= heard:
+            self._finishing.popleft().be_heard(now)
 
     @property
     def _flush_at(self) -> float:
@@ -392,14 +532,10 @@ class Playback:
         """
         return max(self._far_end - self._frame_seconds, self._fed_at + self._frame_seconds)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StreamClosed("the stream has ended: nothing more can be sent on it")
-
-    def _advance_and_wake(self) -> None:
-        self.advance(self.clock())
-        if self.due is not None:
-            self.wake()
+    @property
+    def _gives_up_at(self) -> float:
+        """When the first mark's echo is no longer waited for; a socket that takes no more has not sent it."""
+        return max(self._pending_marks[0][1] + self.lag, self._writable_since) + UNCONFIRMED_AFTER
 
     def _next_frame(self, now: float) -> Samples | None:
         """The next frame's samples, or None when none is due; marks with no audio before them leave here."""
@@ -413,9 +549,11 @@ class Playback:
                 if len(self._partial):
                     self._marks_behind_partial.append(item.name)
                 else:
-                    self._send_mark(item.name)
-                continue
-            self._take(item, wanted)
+                    self._send_mark(item.name, now)
+            elif item.starved:
+                break
+            else:
+                self._take(item, wanted)
         if len(self._partial) >= wanted:
             frame, self._partial = self._partial[:wanted], self._partial[wanted:]
             return frame
@@ -432,25 +570,27 @@ class Playback:
 
     def _take(self, playout: Playout, wanted: int) -> None:
         """Move samples of the queue's first playout towards the frame, at the stream's rate."""
-        rate = playout._rate
-        if rate != self._resampler_rate:
-            if self._resampler is not None:
-                self._append(self._resampler.flush())
-            self._resampler = None
-            self._resampler_rate = rate
-        missing = wanted - len(self._partial)
-        count = min(len(playout._samples) - playout._offset, max(1, -(-missing * rate // self.codec.rate)))
-        piece = playout._samples[playout._offset : playout._offset + count]
-        if rate != self.codec.rate:
-            if self._resampler is None:
-                self._resampler = Resampler(rate, self.codec.rate)
-            piece = self._resampler.push(piece)
-        playout._offset += count
-        self._append(piece)
+        rate = playout.rate
+        if rate and not playout.exhausted:
+            if rate != self._resampler_rate:
+                if self._resampler is not None:
+                    self._append(self._resampler.flush())
+                self._resampler = None
+                self._resampler_rate = rate
+            missing = wanted - len(self._partial)
+            piece = playout.take(max(1, -(-missing * rate // self._rate)))
+            self._queued -= len(piece) / rate
+            samples = to_int16(piece)
+            if rate != self._rate:
+                if self._resampler is None:
+                    self._resampler = Resampler(rate, self._rate)
+                samples = self._resampler.push(samples)
+            self._append(samples)
         if playout not in self._sending:
             self._sending.append(playout)
-        if playout._offset >= len(playout._samples):
+        if playout.exhausted:
             self._queue.popleft()
+            self._left(playout)
 
     def _append(self, piece: Samples) -> None:
         self._partial = np.concatenate((self._partial, piece)) if len(self._partial) else piece
@@ -458,29 +598,35 @@ class Playback:
     def _send_frame(self, frame: Samples, now: float) -> None:
         self._send(self._writer.media(self._encoder.encode(frame)))
         self.frames_sent += 1
-        start = max(now, self._far_end)
-        self._far_end = start + len(frame) / self.codec.rate
+        start = self._far_end
+        if start < now:
+            if self._more and start + _EPSILON < now:
+                self.underruns += 1
+            start = now
+        self._far_end = start + len(frame) * self._seconds_a_sample
+        if self.on_sent is not None:
+            self.on_sent(frame, start + self.lag)
         if self.on_played is not None:
             self._sent.append(_Sent(start, self._far_end, frame))
         if self._sending:
             self._settle_sent()
         if self._marks_behind_partial:
             for name in self._marks_behind_partial:
-                self._send_mark(name)
+                self._send_mark(name, now)
             self._marks_behind_partial.clear()
 
     def _settle_sent(self) -> None:
         """Note how far each playout has got; one that is sent to its end waits to be heard."""
         still_sending: list[Playout] = []
         for playout in self._sending:
-            playout._sent = playout._offset
-            playout._end = self._far_end
-            (still_sending if playout._offset < len(playout._samples) else self._finishing).append(playout)
+            playout.sent = playout.taken
+            playout.end = self._far_end
+            (self._finishing if playout.exhausted else still_sending).append(playout)
         self._sending = still_sending
 
-    def _send_mark(self, name: str) -> None:
+    def _send_mark(self, name: str, now: float) -> None:
         self._send(self._writer.mark(name))
-        self._pending_marks.append((name, self._far_end))
+        self._pending_marks.append((name, max(self._far_end, now)))
 
     def _report_played(self, now: float) -> None:
         while self._sent and self._sent[0].end + self.lag <= now + _EPSILON:
@@ -491,112 +637,33 @@ class Playback:
     def _drop(self, outcome: Outcome, now: float) -> list[str]:
         """Forget all that is queued here and, as far as it is not played yet, at the far end."""
         sent_marks = [name for name, _ in self._pending_marks]
-        self._cleared_marks.update(sent_marks)
+        self._cleared_marks.extend((name, now) for name in sent_marks)
         marks = [*sent_marks, *self._marks_behind_partial]
         marks += [item.name for item in self._queue if isinstance(item, _QueuedMark)]
         playouts = [*self._finishing, *self._sending]
         playouts += [item for item in self._queue if isinstance(item, Playout)]
         for playout in playouts:
-            finished = playout in self._finishing and playout._end + self.lag <= now
-            playout._finish(Outcome.FINISHED if finished else outcome, now)
+            finished = playout in self._finishing and playout.end + self.lag <= now
+            playout.finish(Outcome.FINISHED if finished else outcome, now)
         self._report_played(now)
         if self._sent and self.on_played is not None:
             # The frame being heard at this moment is cut where the listener is.
             start, _, samples = self._sent[0]
-            heard = int((now - start - self.lag) * self.codec.rate)
+            heard = int((now - start - self.lag) * self._rate)
             if heard > 0:
                 self.on_played(samples[:heard], start + self.lag)
         self._queue.clear()
+        self._queued = 0.0
+        self._feeds = self._marks = 0
         self._finishing.clear()
         self._sending.clear()
         self._sent.clear()
         self._pending_marks.clear()
         self._marks_behind_partial.clear()
-        self._partial = _SILENCE
+        self._partial = NOTHING
         self._resampler = None
-        self._resampler_rate = self.codec.rate
+        self._resampler_rate = self._rate
+        self._gain = None
         self._far_end = min(self._far_end, now)
+        self._more = False
         return marks
-
-
-def _check_samples(who: str, samples: object) -> None:
-    if not isinstance(samples, np.ndarray) or samples.dtype != _INT16 or samples.ndim != 1:
-        got = f"{samples.dtype} array of shape {samples.shape}" if isinstance(samples, np.ndarray) else type(samples)
-        raise CodecError(f"{who} wants a mono int16 array of shape (n,), got {got}")
-
-
-class Pacer:
-    """One clock for all streams' outgoing audio: it wakes at the earliest due time, on absolute deadlines.
-
-    Args:
-        loop: The event loop whose ``call_at`` and ``time`` it uses.
-        on_late: Told of each tick how many seconds after a frame's due time it came.
-    """
-
-    SLACK = 0.001
-    """Seconds: what falls due this soon after a tick goes out with it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_late: Callable[[float], None]) -> None:
-        self._loop = loop
-        self._on_late = on_late
-        self._heap: list[tuple[float, int, Playback]] = []
-        # What each playback is waiting for; a heap entry that differs is stale.
-        self._due: dict[Playback, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._armed_at = 0.0
-        self._count = 0
-
-    def wake(self, playback: Playback) -> None:
-        """Look at a playback's due time again."""
-        due = playback.due
-        known = self._due.get(playback)
-        if due is None:
-            self._due.pop(playback, None)
-        elif known is None or due < known:
-            self._push(playback, due)
-            self._arm()
-
-    def forget(self, playback: Playback) -> None:
-        """A playback has ended."""
-        self._due.pop(playback, None)
-
-    def tick(self, now: float) -> None:
-        """Advance everything that is due by now."""
-        horizon = now + self.SLACK
-        while self._heap and self._heap[0][0] <= horizon:
-            due, _, playback = heapq.heappop(self._heap)
-            if self._due.get(playback) != due:
-                continue
-            del self._due[playback]
-            self._on_late(max(0.0, now - due))
-            try:
-                playback.advance(max(now, due))
-            except Exception:
-                log.exception("a stream's outgoing audio failed")
-                continue
-            following = playback.due
-            if following is not None:
-                # Never twice in one tick: what stays due waits for the next.
-                self._push(playback, max(following, horizon + self.SLACK))
-
-    def _push(self, playback: Playback, due: float) -> None:
-        self._count += 1
-        self._due[playback] = due
-        heapq.heappush(self._heap, (due, self._count, playback))
-
-    def _arm(self) -> None:
-        if not self._heap:
-            return
-        at = self._heap[0][0]
-        if self._timer is not None:
-            if self._armed_at <= at:
-                return
-            self._timer.cancel()
-        # Kept here: uvloop's handle for a time that has come does not tell it.
-        self._armed_at = at
-        self._timer = self._loop.call_at(at, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        self.tick(self._loop.time())
-        self._arm()

@@ -23,7 +23,8 @@ from streamsink.codec import PTIMES, CodecSpec
 from streamsink.config import Settings
 from streamsink.errors import BadMessage, CodecError, ProcessorError, ProtocolError
 from streamsink.metrics import Metrics
-from streamsink.playback import Pacer, Playback
+from streamsink.pacer import Pacer
+from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
 from streamsink.speech.vad import Detectors
@@ -219,7 +220,14 @@ class Session:
         self._started_at = self.last_media = now
         self._messages = 0
         self._writer = wire.Writer(sid)
-        self._playback = Playback(codec, self._writer, self._outlet.send, self._wake_pacer, self.endpoint.clock)
+        self._playback = Playback(
+            codec,
+            self._writer,
+            self._outlet.send,
+            self._wake_pacer,
+            self.endpoint.clock,
+            settings.playout_lead_ms / 1000,
+        )
         if settings.l16_byteorder == "big":
             self._byteorder = "big"
             self._playback.set_byteorder("big")
@@ -244,6 +252,7 @@ class Session:
         )
         self.pipeline = pipeline
         self._chain = chain
+        self._playback.on_unconfirmed = self._on_unconfirmed
         if chain.wants_played:
             self._playback.on_played = self._on_played
         self._take_over(sid)
@@ -430,6 +439,11 @@ class Session:
         assert self._chain is not None
         for name in self._playback.clear():
             self._chain.call("on_mark", name, MarkOutcome.CLEARED)
+
+    def _on_unconfirmed(self, name: str) -> None:
+        """A mark's echo has not come."""
+        assert self._chain is not None
+        self._chain.call("on_mark", name, MarkOutcome.UNCONFIRMED)
 
     def _on_played(self, samples: Samples, at: float) -> None:
         """Audio of ours was heard at ``at`` seconds: place it on the inbound media clock."""

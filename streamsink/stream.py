@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from streamsink.audio import Samples, Track
 from streamsink.codec import CodecSpec
 from streamsink.errors import StreamClosed, TalkBackOff
-from streamsink.playback import Playback, Playout
+from streamsink.playback import Playback
+from streamsink.playout import Audio, BargeIn, Playout
+from streamsink.sound import SoundFile, check_tone, tone
 from streamsink.stem import reserve
 from streamsink.wire import DIGITS
 
@@ -102,28 +104,79 @@ class Stream:
                 self._stem = reserve(self.recordings, self.started_at, self.name or self.sid)
             return self._stem
 
-    def play(self, samples: Samples, sample_rate: int) -> Playout:
+    def play(
+        self,
+        samples: Audio | AsyncIterable[Audio],
+        sample_rate: int | None,
+        *,
+        barge_in: BargeIn | None = None,
+        text: Sequence[tuple[int, str]] = (),
+    ) -> Playout:
         """Queue audio for the call; never blocks.
 
-        All processors of a stream share one queue, played in order.
+        All processors of a stream share one queue, played in order, without a gap. Nothing is converted, resampled or
+        encoded before it falls due.
 
         Args:
-            samples: Mono PCM, shape ``(n,)``, int16. Must not change until the playout ends.
-            sample_rate: Hz, 8000 to 192000; resampled to the stream's own.
+            samples: Mono PCM, shape ``(n,)``: int16, or float32 from -1 to 1, where what is beyond saturates and NaN is
+                silence. Must not change until the playout ends. Or an async iterator of such arrays: it is pulled in a
+                task of its own, at most 1 s before its audio is due, and closed (``aclose``) when the playout has
+                ended; what it raises ends the playout as ``FAILED``.
+            sample_rate: Hz, 8000 to 192000; resampled to the stream's own. None with an iterator whose attribute
+                ``sample_rate`` tells, once its first array has come.
+            barge_in: What somebody who starts to talk may do to it; None: nothing.
+            text: What is said in it, for ``text_heard``: pairs of a position, in samples at ``sample_rate``, and the
+                text whose last sound ends there, in order. A list may grow while it plays.
 
         Returns:
             A :class:`Playout`: await it to learn how much was heard, ``cancel()`` it to take it back.
 
         Raises:
             CodecError: The array or the rate cannot be used.
+            PlayoutFull: More than ten minutes of audio would be queued.
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        if not self._talk_back:
+            self._check_talk_back()
+        return self._playback.play(samples, sample_rate, barge_in, text)
+
+    def play_file(self, path: str | Path, *, barge_in: BargeIn | None = None) -> Playout:
+        """Queue a sound file, read in a thread as it falls due; channels are averaged.
+
+        Args:
+            path: Any format and rate soundfile reads. One that cannot be read ends the playout as ``FAILED``, and its
+                ``error`` tells why.
+            barge_in: As in :meth:`play`.
+
+        Raises:
+            PlayoutFull: More than ten minutes of audio would be queued.
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        return self.play(SoundFile(path), None, barge_in=barge_in)
+
+    def tone(self, hz: float, ms: float) -> Playout:
+        """Queue a tone of -12 dBFS that swells and fades within 5 ms.
+
+        Args:
+            hz: Above 0 and below half the stream's rate.
+            ms: Milliseconds, above 0, ten minutes at most.
+
+        Raises:
+            ValueError: It cannot be made.
+            PlayoutFull: More than ten minutes of audio would be queued.
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
         """
         self._check_talk_back()
-        return self._playback.play(samples, sample_rate)
+        check_tone(hz, ms, self.codec.rate)
+        return self.play(tone(hz, ms, self.codec.rate), self.codec.rate)
 
     def play_live(self, source: Callable[[int], Samples] | None) -> None:
-        """Pull audio from ``source`` each ptime, 20 ms ahead of the listener, whenever nothing else is queued.
+        """Pull audio from ``source`` each ptime, 20 ms ahead of the listener.
+
+        While anything is queued with :meth:`play` both are heard, the source 12 dB quieter than it is.
 
         Args:
             source: Called on the event loop with a number of samples; returns as many, mono PCM at the codec's rate,
@@ -140,6 +193,7 @@ class Stream:
         """Queue a mark behind the audio queued so far; ``on_mark`` tells when it was played or cleared.
 
         Raises:
+            PlayoutFull: 10,000 marks have not come back.
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
         """

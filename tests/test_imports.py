@@ -17,10 +17,10 @@ LAYERS = (
     ("_codecs", "capture", "errors", "log", "loop", "metrics", "stem", "watchdog"),
     ("bus", "config", "state", "status"),
     ("audio", "auth", "tls"),
-    ("child", "codec", "wire"),
+    ("child", "codec", "gain", "playout", "sound", "wire"),
     ("speech",),
     ("playback", "processor", "simulator", "stream_object", "track"),
-    ("plugins", "stream"),
+    ("pacer", "plugins", "stream"),
     ("processors", "session"),
     ("connection", "testing", "web"),
     ("server",),
@@ -30,7 +30,7 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # What whoever writes a processor may build on; `stem` is where Stream.stem's names come from.
-FOR_PLUGINS = {"audio", "codec", "errors", "processor", "speech", "status", "stem", "stream"}
+FOR_PLUGINS = {"audio", "codec", "errors", "playout", "processor", "speech", "status", "stem", "stream"}
 
 
 def modules() -> dict[str, Path]:
@@ -122,7 +122,7 @@ def test_packages_are_acyclic_too() -> None:
 
 
 def test_the_package_itself_needs_no_server() -> None:
-    assert IMPORTS[""] == {"audio", "codec", "processor", "stream"}
+    assert IMPORTS[""] == {"audio", "codec", "playout", "processor", "stream"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if top(name) == "processors"])

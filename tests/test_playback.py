@@ -9,72 +9,24 @@ import pytest
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec
 from streamsink.errors import CodecError, StreamClosed
-from streamsink.playback import LEAD, Outcome, Pacer, Playback, Played
-from streamsink.wire import EndpointMessage, Writer, decode_endpoint
-
-
-class FarEnd:
-    """What a playback has sent, on a clock the test turns."""
-
-    def __init__(self, codec: str = "L16@8000h", listen: bool = False) -> None:
-        self.now = 100.0
-        self.spec = CodecSpec.parse(codec)
-        self.sent: list[EndpointMessage] = []
-        self.woken = 0
-        self.heard: list[tuple[float, int]] = []
-        self.playback = Playback(self.spec, Writer("s"), self._send, self._wake, lambda: self.now)
-        if listen:
-            self.playback.on_played = lambda samples, at: self.heard.append((round(at, 3), len(samples)))
-
-    def _send(self, text: bytes) -> None:
-        self.sent.append(decode_endpoint(text))
-
-    def _wake(self) -> None:
-        self.woken += 1
-
-    def run(self, seconds: float) -> None:
-        """Turn the clock, calling advance at each due time as the pacer does."""
-        until = self.now + seconds
-        for _ in range(10_000):
-            due = self.playback.due
-            if due is None or due > until:
-                break
-            self.now = max(self.now, due)
-            self.playback.advance(self.now)
-        else:
-            raise AssertionError("advance() does not move its own due time")
-        self.now = until
-
-    @property
-    def frames(self) -> int:
-        return sum(1 for message in self.sent if message.event == "media")
-
-    @property
-    def audio(self) -> Samples:
-        decoder = self.spec.decoder()
-        return np.concatenate([decoder.decode(m.media.payload) for m in self.sent if m.media is not None])
-
-    @property
-    def events(self) -> str:
-        """One letter a message: m for media, k for mark, c for clear, d for dtmf."""
-        return "".join({"media": "m", "mark": "k", "clear": "c", "dtmf": "d"}[message.event] for message in self.sent)
-
-
-def tone(count: int) -> Samples:
-    return (np.arange(1, count + 1) % 30_000).astype(np.int16)
+from streamsink.pacer import Pacer
+from streamsink.playback import LEAD, Playback
+from streamsink.playout import Outcome, Played
+from streamsink.wire import Writer
+from tests.far_end import FarEnd, ramp, wait
 
 
 def test_a_frame_played_on_an_idle_stream_leaves_at_once() -> None:
     far_end = FarEnd()
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     assert far_end.events == "m"
-    assert far_end.audio.tolist() == tone(160).tolist()
+    assert far_end.audio.tolist() == ramp(160).tolist()
     assert far_end.playback.due is None
 
 
 def test_audio_is_sent_as_long_as_the_lead_allows_and_then_at_its_own_pace() -> None:
     far_end = FarEnd()
-    far_end.playback.play(tone(8000), 8000)
+    far_end.playback.play(ramp(8000), 8000)
     assert far_end.frames == 5
     times: list[float] = []
     while far_end.playback.due is not None and len(times) < 100:
@@ -84,12 +36,12 @@ def test_audio_is_sent_as_long_as_the_lead_allows_and_then_at_its_own_pace() -> 
     # The pace is absolute: a frame each 20 ms from the start, never drifting.
     assert times == [round(k * 0.02, 3) for k in range(1, 46)]
     assert far_end.frames == 50
-    assert far_end.audio.tolist() == tone(8000).tolist()
+    assert far_end.audio.tolist() == ramp(8000).tolist()
 
 
 def test_a_late_tick_sends_what_fell_due_meanwhile() -> None:
     far_end = FarEnd()
-    far_end.playback.play(tone(8000), 8000)
+    far_end.playback.play(ramp(8000), 8000)
     far_end.now += 0.06
     far_end.playback.advance(far_end.now)
     assert far_end.frames == 5 + 3
@@ -97,7 +49,7 @@ def test_a_late_tick_sends_what_fell_due_meanwhile() -> None:
 
 def test_pieces_of_any_size_join_without_a_seam() -> None:
     far_end = FarEnd()
-    audio = tone(1600)
+    audio = ramp(1600)
     for start in range(0, 1600, 70):
         far_end.playback.play(audio[start : start + 70], 8000)
     far_end.run(1)
@@ -106,11 +58,11 @@ def test_pieces_of_any_size_join_without_a_seam() -> None:
 
 def test_a_last_frame_that_is_not_full_waits_for_more_and_then_leaves_with_silence() -> None:
     far_end = FarEnd()
-    far_end.playback.play(tone(200), 8000)
+    far_end.playback.play(ramp(200), 8000)
     assert far_end.frames == 1
     assert far_end.playback.due == pytest.approx(100.02)
     far_end.run(1)
-    assert far_end.audio.tolist() == tone(200).tolist() + [0] * 120
+    assert far_end.audio.tolist() == ramp(200).tolist() + [0] * 120
 
 
 def test_another_rate_is_resampled_across_pieces() -> None:
@@ -144,7 +96,7 @@ def test_the_tail_of_the_resampler_is_heard(seconds: float) -> None:
 def test_rates_may_alternate() -> None:
     far_end = FarEnd()
     for rate in (8000, 16_000, 24_000, 8000):
-        far_end.playback.play(tone(rate // 10), rate)
+        far_end.playback.play(ramp(rate // 10), rate)
     far_end.run(2)
     # Four times 100 ms, and at most the tails of two filters.
     assert 3200 <= len(far_end.audio) <= 3200 + 160
@@ -152,8 +104,8 @@ def test_rates_may_alternate() -> None:
 
 async def test_a_playout_tells_when_it_was_heard() -> None:
     far_end = FarEnd()
-    playout = far_end.playback.play(tone(1600), 8000)
-    waiter = asyncio.ensure_future(_wait(playout))
+    playout = far_end.playback.play(ramp(1600), 8000)
+    waiter = asyncio.ensure_future(wait(playout))
     await asyncio.sleep(0)
     far_end.run(0.05)
     assert playout.played_ms == 50
@@ -164,15 +116,10 @@ async def test_a_playout_tells_when_it_was_heard() -> None:
     assert playout.played_ms == 200
 
 
-async def _wait(playout: Any) -> Played:
-    result: Played = await playout
-    return result
-
-
 async def test_a_waiter_that_gives_up_does_not_end_it_for_others() -> None:
     far_end = FarEnd()
-    playout = far_end.playback.play(tone(160), 8000)
-    first, second = (asyncio.ensure_future(_wait(playout)) for _ in range(2))
+    playout = far_end.playback.play(ramp(160), 8000)
+    first, second = (asyncio.ensure_future(wait(playout)) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.wait([first])
@@ -182,13 +129,13 @@ async def test_a_waiter_that_gives_up_does_not_end_it_for_others() -> None:
 
 async def test_an_empty_playout_ends_when_what_is_before_it_does() -> None:
     far_end = FarEnd()
-    assert await _run_with(far_end, far_end.playback.play(tone(0), 8000)) == Played(Outcome.FINISHED, 0)
-    far_end.playback.play(tone(320), 8000)
-    assert await _run_with(far_end, far_end.playback.play(tone(0), 16_000)) == Played(Outcome.FINISHED, 0)
+    assert await _run_with(far_end, far_end.playback.play(ramp(0), 8000)) == Played(Outcome.FINISHED, 0)
+    far_end.playback.play(ramp(320), 8000)
+    assert await _run_with(far_end, far_end.playback.play(ramp(0), 16_000)) == Played(Outcome.FINISHED, 0)
 
 
 async def _run_with(far_end: FarEnd, playout: Any) -> Played:
-    waiter = asyncio.ensure_future(_wait(playout))
+    waiter = asyncio.ensure_future(wait(playout))
     await asyncio.sleep(0)
     far_end.run(1)
     return await waiter
@@ -196,13 +143,13 @@ async def _run_with(far_end: FarEnd, playout: Any) -> Played:
 
 async def test_cancel_takes_out_its_own_audio_and_what_followed_moves_up() -> None:
     far_end = FarEnd()
-    first = far_end.playback.play(tone(1600), 8000)
+    first = far_end.playback.play(ramp(1600), 8000)
     far_end.playback.play(np.full(160, 7, np.int16), 8000)
     far_end.run(0.02)
     first.cancel()
     far_end.run(1)
     heard = far_end.audio
-    assert heard[:960].tolist() == tone(1600)[:960].tolist()
+    assert heard[:960].tolist() == ramp(1600)[:960].tolist()
     assert heard[960:].tolist() == [7] * 160
     # 20 ms were heard when it was cancelled.
     assert await first == Played(Outcome.CANCELLED, 20)
@@ -212,8 +159,8 @@ async def test_cancel_takes_out_its_own_audio_and_what_followed_moves_up() -> No
 
 async def test_cancel_of_what_waits_in_the_queue() -> None:
     far_end = FarEnd()
-    far_end.playback.play(tone(1600), 8000)
-    second = far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(1600), 8000)
+    second = far_end.playback.play(ramp(160), 8000)
     second.cancel()
     far_end.run(1)
     assert far_end.frames == 10
@@ -222,9 +169,9 @@ async def test_cancel_of_what_waits_in_the_queue() -> None:
 
 async def test_clear_drops_all_in_one_step() -> None:
     far_end = FarEnd()
-    first = far_end.playback.play(tone(1600), 8000)
+    first = far_end.playback.play(ramp(1600), 8000)
     far_end.playback.mark("sent?")
-    second = far_end.playback.play(tone(100), 8000)
+    second = far_end.playback.play(ramp(100), 8000)
     far_end.run(0.05)
     assert far_end.playback.clear() == ["sent?"]
     assert far_end.events == "m" * 7 + "c"
@@ -233,13 +180,13 @@ async def test_clear_drops_all_in_one_step() -> None:
     far_end.run(1)
     assert far_end.events == "m" * 7 + "c"
     # What comes after starts at once: the far end's queue is empty.
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     assert far_end.events == "m" * 7 + "cm"
 
 
 async def test_clear_leaves_what_was_heard_finished() -> None:
     far_end = FarEnd()
-    first = far_end.playback.play(tone(160), 8000)
+    first = far_end.playback.play(ramp(160), 8000)
     far_end.now += 0.03
     far_end.playback.clear()
     assert await first == Played(Outcome.FINISHED, 20)
@@ -248,9 +195,9 @@ async def test_clear_leaves_what_was_heard_finished() -> None:
 def test_marks_leave_behind_the_audio_before_them() -> None:
     far_end = FarEnd()
     far_end.playback.mark("at once")
-    far_end.playback.play(tone(200), 8000)
+    far_end.playback.play(ramp(200), 8000)
     far_end.playback.mark("behind")
-    far_end.playback.play(tone(440), 8000)
+    far_end.playback.play(ramp(440), 8000)
     far_end.run(1)
     assert far_end.events == "kmmkmm"
     assert [m.mark.name for m in far_end.sent if m.mark is not None] == ["at once", "behind"]
@@ -283,13 +230,13 @@ def test_marks_of_one_name_resolve_in_order() -> None:
 
 async def test_close_ends_everything() -> None:
     far_end = FarEnd()
-    playout = far_end.playback.play(tone(1600), 8000)
+    playout = far_end.playback.play(ramp(1600), 8000)
     far_end.playback.mark("m")
     far_end.run(0.04)
     assert far_end.playback.close() == ["m"]
     assert await playout == Played(Outcome.CLOSED, 40)
     for use in (
-        lambda: far_end.playback.play(tone(1), 8000),
+        lambda: far_end.playback.play(ramp(1), 8000),
         lambda: far_end.playback.mark("m"),
         lambda: far_end.playback.clear(),
         lambda: far_end.playback.dtmf("1"),
@@ -300,7 +247,7 @@ async def test_close_ends_everything() -> None:
 
 def test_a_digit_overtakes_the_queue() -> None:
     far_end = FarEnd()
-    far_end.playback.play(tone(8000), 8000)
+    far_end.playback.play(ramp(8000), 8000)
     far_end.playback.dtmf("#")
     assert far_end.events == "mmmmmd"
 
@@ -308,7 +255,7 @@ def test_a_digit_overtakes_the_queue() -> None:
 def test_a_socket_that_takes_no_more_holds_audio_back() -> None:
     far_end = FarEnd()
     far_end.playback.set_writable(False)
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     assert far_end.events == ""
     assert far_end.playback.due is None
     far_end.playback.set_writable(True)
@@ -317,9 +264,9 @@ def test_a_socket_that_takes_no_more_holds_audio_back() -> None:
 
 def test_the_ptime_may_change() -> None:
     far_end = FarEnd("PCMU")
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     far_end.playback.set_ptime(40)
-    far_end.playback.play(tone(320), 8000)
+    far_end.playback.play(ramp(320), 8000)
     assert [len(m.media.payload) for m in far_end.sent if m.media is not None] == [160, 320]
 
 
@@ -334,7 +281,7 @@ def test_l16_goes_out_in_the_byte_order_asked_for() -> None:
 
 def test_what_was_heard_is_reported_when_its_time_has_passed() -> None:
     far_end = FarEnd(listen=True)
-    far_end.playback.play(tone(480), 8000)
+    far_end.playback.play(ramp(480), 8000)
     assert far_end.heard == []
     far_end.run(0.045)
     assert far_end.heard == [(100.0, 160), (100.02, 160)]
@@ -344,20 +291,20 @@ def test_what_was_heard_is_reported_when_its_time_has_passed() -> None:
 
 def test_a_clear_cuts_what_was_heard_where_the_listener_is() -> None:
     far_end = FarEnd(listen=True)
-    far_end.playback.play(tone(480), 8000)
+    far_end.playback.play(ramp(480), 8000)
     far_end.run(0.03)
     far_end.playback.clear()
     assert far_end.heard == [(100.0, 160), (100.02, 80)]
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     far_end.playback.clear()
     assert far_end.heard == [(100.0, 160), (100.02, 80)]
 
 
 def test_an_echo_that_comes_late_makes_hearing_later() -> None:
     far_end = FarEnd(listen=True)
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     far_end.playback.mark("m")
-    far_end.playback.play(tone(160), 8000)
+    far_end.playback.play(ramp(160), 8000)
     # The first frame ends at 100.02; its echo comes 15 ms after that.
     assert far_end.playback.mark_echoed("m", 100.035)
     far_end.run(0.2)
@@ -367,7 +314,9 @@ def test_an_echo_that_comes_late_makes_hearing_later() -> None:
 @pytest.mark.parametrize(
     ("samples", "rate", "message"),
     [
-        (np.zeros(160, np.float32), 8000, r"wants a mono int16 array of shape \(n,\), got float32 array of shape"),
+        (np.zeros(160), 8000, r"wants a mono int16 array of shape \(n,\), or a float32 one from -1 to 1; got float64"),
+        (np.zeros(160, np.int16), 0, "wants a rate of 8000 to 192000 Hz, got 0"),
+        (np.zeros(160, np.int16), None, "wants a rate of 8000 to 192000 Hz, got None"),
         (np.zeros((160, 2), np.int16), 8000, r"got int16 array of shape \(160, 2\)"),
         (b"\x00\x00", 8000, "got <class 'bytes'>"),
         (np.zeros(160, np.int16), 4000, "wants a rate of 8000 to 192000 Hz, got 4000"),
@@ -381,17 +330,17 @@ def test_audio_that_cannot_be_played_is_refused(samples: Any, rate: int, message
 
 def test_a_strided_array_is_played_as_it_reads() -> None:
     far_end = FarEnd()
-    stereo = np.stack([tone(160), np.zeros(160, np.int16)], axis=1)
+    stereo = np.stack([ramp(160), np.zeros(160, np.int16)], axis=1)
     far_end.playback.play(stereo[:, 0], 8000)
-    assert far_end.audio.tolist() == tone(160).tolist()
+    assert far_end.audio.tolist() == ramp(160).tolist()
 
 
 async def test_a_playout_is_heard_as_much_later_as_echoes_tell() -> None:
     far_end = FarEnd(listen=True)
-    playout = far_end.playback.play(tone(160), 8000)
+    playout = far_end.playback.play(ramp(160), 8000)
     far_end.playback.mark("m")
     assert far_end.playback.mark_echoed("m", 100.07)
-    waiter = asyncio.ensure_future(_wait(playout))
+    waiter = asyncio.ensure_future(wait(playout))
     await asyncio.sleep(0)
     far_end.run(0.06)
     assert playout.played_ms == 10
@@ -403,7 +352,7 @@ async def test_a_playout_is_heard_as_much_later_as_echoes_tell() -> None:
 
 async def test_asking_late_how_a_playout_was_heard_takes_nothing_off() -> None:
     far_end = FarEnd()
-    playout = far_end.playback.play(tone(160), 8000)
+    playout = far_end.playback.play(ramp(160), 8000)
     far_end.playback.mark("m")
     assert far_end.playback.mark_echoed("m", 100.07)
     far_end.now += 1
@@ -438,15 +387,18 @@ def test_a_live_source_is_pulled_each_ptime_just_ahead_of_the_listener() -> None
     assert source.asked == [160] * 7
 
 
-def test_what_is_queued_comes_before_the_live_source() -> None:
-    far_end, source = FarEnd(), Counting()
-    far_end.playback.play_live(source)
-    far_end.playback.play(np.full(480, -5, np.int16), 8000)
+def test_a_live_source_is_quieter_while_queued_audio_plays() -> None:
+    far_end = FarEnd()
+    far_end.playback.play_live(lambda count: np.full(count, 4000, np.int16))
+    far_end.playback.play(np.full(480, -500, np.int16), 8000)
     far_end.run(0.2)
-    heard = far_end.audio.tolist()
-    assert heard[:320] == list(range(1, 321))
-    assert heard[320:800] == [-5] * 480
-    assert heard[800:960] == list(range(321, 481))
+    heard = far_end.audio
+    ducked = round(4000 * 10 ** (-12 / 20))
+    assert set(heard[:320].tolist()) == {4000}
+    assert set(heard[480:800].tolist()) == {ducked - 500}
+    assert set(heard[960:1600].tolist()) == {4000}
+    # It slides there and back within a frame: no step is larger than that of what was queued.
+    assert np.abs(np.diff(heard.astype(int))).max() <= 500 + 20
 
 
 def test_a_live_source_ends_when_told_and_with_the_stream() -> None:
@@ -540,7 +492,7 @@ def test_the_pacer_drives_many_streams_each_on_its_own_deadlines() -> None:
     paced = Paced(3)
     for index, playback in enumerate(paced.playbacks):
         paced.loop.run(100 + index * 0.007)
-        playback.play(tone(1600), 8000)
+        playback.play(ramp(1600), 8000)
     paced.loop.run(101)
     for index, times in enumerate(paced.sent):
         begin = 100 + index * 0.007
@@ -552,7 +504,7 @@ def test_the_pacer_drives_many_streams_each_on_its_own_deadlines() -> None:
 def test_one_stream_that_fails_does_not_silence_another(capsys: pytest.CaptureFixture[str]) -> None:
     paced = Paced(2)
     for playback in paced.playbacks:
-        playback.play(tone(8000), 8000)
+        playback.play(ramp(8000), 8000)
 
     def fail(text: bytes) -> None:
         raise ZeroDivisionError
@@ -565,7 +517,7 @@ def test_one_stream_that_fails_does_not_silence_another(capsys: pytest.CaptureFi
 
 def test_a_forgotten_playback_is_left_alone() -> None:
     paced = Paced(1)
-    paced.playbacks[0].play(tone(8000), 8000)
+    paced.playbacks[0].play(ramp(8000), 8000)
     paced.pacer.forget(paced.playbacks[0])
     paced.loop.run(102)
     assert len(paced.sent[0]) == 5
@@ -573,7 +525,7 @@ def test_a_forgotten_playback_is_left_alone() -> None:
 
 def test_a_late_tick_is_told() -> None:
     paced = Paced(1)
-    paced.playbacks[0].play(tone(1600), 8000)
+    paced.playbacks[0].play(ramp(1600), 8000)
     timer = paced.loop.scheduled[-1]
     paced.loop.now = 100.5
     timer.callback()
@@ -587,9 +539,9 @@ def test_lead_is_a_tenth_of_a_second() -> None:
 
 async def test_the_earliest_due_time_wins() -> None:
     paced = Paced(2)
-    patient = asyncio.ensure_future(_wait(paced.playbacks[0].play(tone(800), 8000)))
+    patient = asyncio.ensure_future(wait(paced.playbacks[0].play(ramp(800), 8000)))
     await asyncio.sleep(0)
-    paced.playbacks[1].play(tone(1600), 8000)
+    paced.playbacks[1].play(ramp(1600), 8000)
     paced.loop.run(100.05)
     assert len(paced.sent[1]) == 7
     assert not patient.done()
@@ -599,7 +551,7 @@ async def test_the_earliest_due_time_wins() -> None:
 
 def test_a_playback_with_nothing_due_is_not_waited_for() -> None:
     paced = Paced(1)
-    paced.playbacks[0].play(tone(1600), 8000)
+    paced.playbacks[0].play(ramp(1600), 8000)
     paced.playbacks[0].set_writable(False)
     paced.pacer.wake(paced.playbacks[0])
     paced.loop.run(101)
