@@ -493,9 +493,9 @@ class Playback:
 
     @property
     def _unbegun(self) -> bool:
-        """Whether what comes next is waited for and nothing of it has come yet."""
+        """Whether what comes next is waited for and nothing of it has been sent yet."""
         head = self._queue[0]
-        return isinstance(head, Playout) and not head.taken and head.starved
+        return isinstance(head, Playout) and not head.sent and head.starved
 
     def _want(self) -> None:
         """Have the sources pulled whose audio is soon due."""

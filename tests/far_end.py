@@ -70,7 +70,7 @@ class FarEnd:
 
 async def settle() -> None:
     """Let tasks that can run do so."""
-    for _ in range(50):
+    for _ in range(200):
         await asyncio.sleep(0)
 
 

@@ -55,6 +55,7 @@ def test_defaults() -> None:
         "start_deadline": 10.0,
         "max_message_bytes": 65536,
         "head_deadline": 10.0,
+        "playout_lead_ms": 100,
         "media_silence_seconds": None,
         "vad_streams": 32,
         "pipelines": {"default": {"processors": ["record"], "talk_back": True}},
