@@ -46,6 +46,7 @@ LOWEST_RATE, HIGHEST_RATE = 8000, 192_000
 
 _BUILT_IN = {
     "echo": ("streamsink.processors.echo", "Echo"),
+    "parrot": ("streamsink.processors.parrot", "Parrot"),
     "record": ("streamsink.processors.record", "Record"),
 }
 

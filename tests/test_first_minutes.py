@@ -121,6 +121,30 @@ def test_a_processor_of_ones_own_is_heard(tmp_path: Path) -> None:
     assert reply[at : at + 3200].tolist() == said.tolist()
 
 
+@pytest.mark.timeout(120)
+def test_the_parrot_says_the_utterance_whole_and_once(tmp_path: Path) -> None:
+    served = Served(tmp_path, "--processor", "parrot")
+    back = tmp_path / "back.wav"
+    report = served.simulate("--save", str(back))
+    assert served.stop() == 0
+    assert report["underruns"] == 0
+    said, rate = reference("PCMU")
+    heard, _ = soundfile.read(back, dtype="int16")
+    # What was said is where both are most alike: there it comes back sample for sample, since coding it twice is
+    # coding it once.
+    size = len(said) + len(heard)
+    likeness = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(said, size)), size)
+    at = int(np.argmax(likeness))
+    same = np.pad(heard, (0, len(said)))[at : at + len(said)] == said
+    # The utterance is from 0.25 s to 2.8 s of the file, and its soft edges are in it.
+    assert same[round(0.15 * rate) : round(2.9 * rate)].all()
+    # It came after the pause that ends an utterance, and there is nothing else in the call.
+    assert at > round((2.8 + 0.7 - 0.25) * rate)
+    loud = np.flatnonzero(np.abs(heard) > 100)
+    assert loud[0] >= at
+    assert loud[-1] < at + len(said)
+
+
 STUBBORN = """
 import asyncio
 import sys

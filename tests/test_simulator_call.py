@@ -449,3 +449,38 @@ async def test_silence_is_saved_as_an_empty_file_and_a_failed_write_is_told(
         report = await simulate(dataclasses.replace(options, save=tmp_path))
     (failure,) = report.failures
     assert failure.startswith(f"--save: {tmp_path} cannot be written: ")
+
+
+async def test_a_call_that_is_saved_goes_on_until_the_answer_is_heard(
+    certificate: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamsink.simulator.simulation.QUIET", 0.3)
+    word = tone(1600)
+    payloads = encode_payloads(word, CodecSpec.parse("L16@8000h"))
+
+    async def answer(connection: ServerConnection, message: dict[str, Any]) -> None:
+        # Ten frames of silence behind the 15 of the file, then a word of ten frames.
+        if message["event"] == "media" and message["media"]["chunk"] == "25":
+            for payload in payloads:
+                await connection.send(wire.Writer("7d56").media(payload).decode())
+
+    async with endpoint(certificate, answer) as there:
+        options = SimulateOptions(file=sound, url=there.url, cafile=certificate, codec="L16@8000h")
+        report = await simulate(dataclasses.replace(options, save=tmp_path / "a.wav", streams=2))
+    assert report.failures == []
+    # Its silence is not part of what it was told to play, and the call that is not saved has none.
+    assert report.frames_sent == 30
+    assert sorted(len(there.payloads(stream)) > 15 for stream in (0, 1)) == [False, True]
+    heard, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert heard[-len(word) :].tolist() == word.tolist()
+
+
+async def test_a_call_that_is_saved_does_not_wait_for_ever(
+    certificate: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamsink.simulator.simulation.LONGEST", 0.1)
+    async with endpoint(certificate, echo) as there:
+        options = SimulateOptions(file=sound, url=there.url, cafile=certificate, save=tmp_path / "a.wav")
+        report = await simulate(options)
+    assert report.failures == []
+    assert len(there.payloads()) == 15 + 6

@@ -105,3 +105,17 @@ def test_clear_before_anything_played_leaves_silence() -> None:
     far_end.clear(0.01)
     assert far_end.played(0.01) == []
     assert far_end.heard().size == 0
+
+
+def test_it_tells_until_when_there_was_something_to_hear() -> None:
+    far_end = FarEnd(L16, keep=True)
+    assert far_end.sound_until == 0
+    far_end.media(np.full(160, -101, np.int16).tobytes(), 0.0)
+    far_end.media(np.full(160, 100, np.int16).tobytes(), 0.02)
+    assert far_end.sound_until == 0.04
+    far_end.clear(0.03)
+    assert far_end.sound_until == 0.03
+    # Audio that is not decoded may be anything.
+    far_end = FarEnd(L16)
+    far_end.media(np.full(160, 20_000, np.int16).tobytes(), 0.0)
+    assert far_end.sound_until == 0

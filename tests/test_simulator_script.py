@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from streamsink import wire
 from streamsink.codec import CodecSpec
 from streamsink.errors import SimulationError
 from streamsink.simulator.far_end import Durations
-from streamsink.simulator.script import Step, call_script, encode_payloads, perform, read_audio, read_capture
+from streamsink.simulator.script import (
+    Step,
+    call_script,
+    encode_payloads,
+    perform,
+    read_audio,
+    read_capture,
+    silence_script,
+)
 from tests.scripted_endpoint import tone
 
 
@@ -180,3 +189,11 @@ def test_a_broken_capture_names_the_line(tmp_path: Path, lines: list[str], told:
 def test_a_missing_capture_is_told(tmp_path: Path) -> None:
     with pytest.raises(SimulationError, match="cannot be read: No such file"):
         read_capture(tmp_path / "a.jsonl")
+
+
+def test_silence_goes_on_where_the_audio_ended() -> None:
+    steps = list(silence_script(wire.PlatformWriter("7d56"), b"\xff" * 160, 20, sent=5, over=lambda at: at > 0.03))
+    assert [(step.at, step.media) for step in steps] == [(0.0, False), (0.02, False)]
+    media = [json.loads(step.text)["media"] for step in steps if step.text is not None]
+    assert [(each["chunk"], each["timestamp"]) for each in media] == [("6", "100"), ("7", "120")]
+    assert media[0]["payload"] == base64.b64encode(b"\xff" * 160).decode()

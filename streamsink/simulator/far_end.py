@@ -12,6 +12,9 @@ from streamsink.codec import CodecSpec
 PAUSE = 0.5
 """Seconds: returned audio that has been silent for longer begins a new talk spurt, which is no underrun."""
 
+SILENT = 100
+"""Samples up to this are silence: -50 dBFS. Coding alone makes a few dozen of none."""
+
 
 class Durations:
     """Many durations in little memory: counted in steps of 10 µs."""
@@ -81,7 +84,7 @@ class FarEnd:
         keep: Decode the audio and keep it for `heard`.
     """
 
-    __slots__ = ("_codec", "_decoder", "_end", "_in_spurt", "_kept", "_marks", "underruns")
+    __slots__ = ("_codec", "_decoder", "_end", "_in_spurt", "_kept", "_marks", "_sound_until", "underruns")
 
     def __init__(self, codec: CodecSpec, *, keep: bool = False) -> None:
         self._codec = codec
@@ -90,6 +93,7 @@ class FarEnd:
         self._in_spurt = False
         self._marks: deque[tuple[int, str]] = deque()
         self._kept: list[tuple[int, Samples]] = []
+        self._sound_until = 0
         self.underruns = 0
 
     def media(self, payload: bytes, now: float) -> None:
@@ -106,6 +110,8 @@ class FarEnd:
             samples = self._decoder.decode(payload)
             self._kept.append((self._end, samples))
             self._end += len(samples)
+            if np.abs(samples).max(initial=0) > SILENT:
+                self._sound_until = self._end
 
     def mark(self, name: str) -> None:
         """Queue a mark behind the audio."""
@@ -115,6 +121,7 @@ class FarEnd:
         """Drop the audio that has not been played; all waiting marks count as played."""
         position = int(now * self._codec.rate)
         self._end = min(self._end, position)
+        self._sound_until = min(self._sound_until, position)
         self._in_spurt = False
         self._marks = deque((0, name) for _, name in self._marks)
         self._kept = [(start, samples[: position - start]) for start, samples in self._kept if start < position]
@@ -131,6 +138,11 @@ class FarEnd:
     def next_mark(self) -> float | None:
         """When the next waiting mark's audio will have been played, in seconds since the call began."""
         return self._marks[0][0] / self._codec.rate if self._marks else None
+
+    @property
+    def sound_until(self) -> float:
+        """When the last audio that can be heard has been played, in seconds since the call began; 0 without `keep`."""
+        return self._sound_until / self._codec.rate
 
     def heard(self) -> Samples:
         """All audio as a participant heard it since the call began, silence where there was none."""

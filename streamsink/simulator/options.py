@@ -38,7 +38,9 @@ class SimulateOptions:
         dtmf: Digits a participant presses, the first after 0.5 s, then one each 0.25 s.
         lose: Share of frames that are skipped, from 0 up to 1: chunk numbers and timestamps jump.
         seed: Picks which frames those are.
-        save: Where to write what the first call's participant heard, as WAV.
+        save: Where to write what the first call's participant heard, as WAV. Behind the file that call goes on in
+            silence until nothing has been heard for 2 s (60 s at most), unless ``seconds`` or ``expect_echo`` says when
+            it ends.
         expect_echo: Each sent frame must come back; what has not within a second is lost.
         no_pong: Leave pings unanswered, as SignalWire's own library does.
         json: Print one JSON object instead of a table.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import deque
@@ -117,6 +118,25 @@ def call_script(
         at = max(at, due)
         yield Step(due, writer.dtmf(digit))
     yield Step(at, None)
+
+
+def silence_script(
+    writer: wire.PlatformWriter, payload: bytes, ptime: int, *, sent: int, over: Callable[[float], bool]
+) -> Iterator[Step]:
+    """Silence behind a call's media, in times from its end on. Not counted as media: nothing need come back for it.
+
+    Args:
+        writer: Writes this stream's messages.
+        payload: One frame of it.
+        ptime: Milliseconds a frame lasts.
+        sent: How many frames there were before.
+        over: Says for each frame's time whether it and all further ones are wanted no more.
+    """
+    for frame in itertools.count():
+        at = frame * ptime / 1000
+        if over(at):
+            return
+        yield Step(at, writer.media(payload, chunk=sent + frame + 1, timestamp_ms=(sent + frame) * ptime))
 
 
 async def perform(

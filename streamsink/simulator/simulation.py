@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import soundfile
 from websockets.frames import CloseCode
 
@@ -20,15 +21,28 @@ from streamsink.codec import CodecSpec
 from streamsink.errors import CallRefused, SimulationError
 from streamsink.log import escape
 from streamsink.simulator.call import Call
-from streamsink.simulator.far_end import Durations
+from streamsink.simulator.far_end import Durations, FarEnd
 from streamsink.simulator.options import SimulateOptions
 from streamsink.simulator.report import Report
-from streamsink.simulator.script import Step, call_script, encode_payloads, perform, read_audio, read_capture
+from streamsink.simulator.script import (
+    Step,
+    call_script,
+    encode_payloads,
+    perform,
+    read_audio,
+    read_capture,
+    silence_script,
+)
 
 CLOSE_TIMEOUT = 10.0
 """Seconds an endpoint has to answer our close."""
 GRACE = 1.0
 """Seconds without a returned frame after which what is still missing counts as lost."""
+
+QUIET = 2.0
+"""Seconds without a sound from the endpoint after which a call that is saved is over."""
+LONGEST = 60.0
+"""Seconds such a call goes on behind its audio at most; who plays without end is to be given `seconds`."""
 
 _ENCODINGS = {"PCMU": "audio/x-mulaw", "PCMA": "audio/x-alaw", "G722": "audio/G722", "L16": "audio/x-L16"}
 _OPENING_AT_ONCE = 32
@@ -50,11 +64,13 @@ class Simulation:
         self._parameters = options.custom_parameters()
         self._codec: CodecSpec | None
         self._payloads: list[bytes] = []
+        self._silence = b""
         self._replayed: tuple[Step, ...] = ()
         self._frames: int | None = None
         if options.file is not None:
             self._codec = CodecSpec.parse(options.codec)
             self._payloads = encode_payloads(read_audio(options.file, self._codec.rate), self._codec)
+            (self._silence,) = encode_payloads(np.zeros(self._codec.frame_samples, np.int16), self._codec)
             if options.seconds is not None:
                 self._frames = max(1, round(options.seconds * 1000 / self._codec.ptime))
             elif not options.loop:
@@ -147,7 +163,27 @@ class Simulation:
                 skip=lambda: chance.random() < self.options.lose,
             )
         await perform(script, call.perform, self._late, begin=begin)
+        if index == 0 and self._listens_on and call.writer is not None and call.far_end is not None:
+            await self._listen_on(call.writer, call, call.far_end)
         call.finish()
+
+    @property
+    def _listens_on(self) -> bool:
+        """Whether the call goes on behind its audio, to hear what the endpoint answers."""
+        return self.options.save is not None and self.options.seconds is None and not self.options.expect_echo
+
+    async def _listen_on(self, writer: wire.PlatformWriter, call: Call, far_end: FarEnd) -> None:
+        """Be silent until the endpoint has been silent too."""
+        assert self._codec is not None
+        assert self._frames is not None
+        begin = time.perf_counter()
+        ended = begin - call.opened_at
+
+        def over(at: float) -> bool:
+            return at > LONGEST or ended + at > max(ended, far_end.sound_until) + QUIET
+
+        script = silence_script(writer, self._silence, self._codec.ptime, sent=self._frames, over=over)
+        await perform(script, call.perform, self._late, begin=begin)
 
     async def _attend(self, call: Call, playing: asyncio.Task[None]) -> None:
         """See one call through: its script, what still comes back, the end."""

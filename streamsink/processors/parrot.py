@@ -1,0 +1,101 @@
+"""Parrot: says back what it was told. The demo anyone understands, and a whole conversation in few lines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from streamsink.audio import Frame, Samples, Track
+from streamsink.processor import Processor
+from streamsink.speech.events import Speech, SpeechChange, VadSettings
+from streamsink.stream import Stream
+
+if TYPE_CHECKING:
+    from streamsink.playback import Playout
+
+ROLL = 0.2
+"""Seconds kept before and after an utterance, so that soft sounds at its ends are not cut."""
+KEEP = 1.5
+"""Seconds kept while nobody talks: a talker is noticed later than they began."""
+ECHO = 0.7
+"""Seconds after it has spoken in which the parrot may still be hearing itself."""
+
+
+class Parrot(Processor):
+    """Waits for the talker to stop, then plays the last utterance back, whole and once.
+
+    While it speaks, and for the time an echo of that may take, it does not listen.
+
+    Args:
+        pause_ms: Silence that ends an utterance.
+        longest_seconds: Of a longer utterance, only so much is said back: its end.
+        engine: How voice activity is detected.
+    """
+
+    def __init__(
+        self,
+        *,
+        pause_ms: int = 700,
+        longest_seconds: float = 60.0,
+        engine: Literal["auto", "silero", "energy"] = "auto",
+    ) -> None:
+        self.vad = VadSettings(engine=engine, hangover_ms=pause_ms)
+        self._longest = longest_seconds
+        self._frames: deque[Frame] = deque()
+        # Seconds on the inbound media clock: where the newest frame ends, where the utterance that is being listened
+        # to began, and from when on it listens.
+        self._position = 0.0
+        self._began: float | None = None
+        self._deaf_until = 0.0
+        self._speaking: asyncio.Task[None] | None = None
+
+    async def on_start(self, stream: Stream) -> None:
+        """Keep the stream to talk back on."""
+        self._stream = stream
+
+    def on_frame(self, frame: Frame) -> None:
+        """Keep what may become part of an utterance."""
+        if frame.track is not Track.INBOUND:
+            return
+        self._frames.append(frame)
+        self._position = (frame.start + len(frame.samples)) / frame.sample_rate
+        longest = KEEP if self._began is None else self._longest + KEEP
+        while self._position - self._frames[0].start / frame.sample_rate > longest:
+            self._frames.popleft()
+
+    def on_speech(self, event: Speech) -> None:
+        """Note where an utterance begins; when it ends, say it."""
+        if event.track is not Track.INBOUND:
+            return
+        if event.change is SpeechChange.STARTED:
+            if self._speaking is None and event.at >= self._deaf_until:
+                self._began = event.at
+        elif self._began is not None:
+            began, self._began = self._began, None
+            rate = self._frames[0].sample_rate
+            began = max(began, event.at - self._longest)
+            utterance = self._cut(round((began - ROLL) * rate), round((event.at + ROLL) * rate))
+            self._speaking = asyncio.ensure_future(self._speak(self._stream.play(utterance, rate)))
+
+    async def _speak(self, playout: Playout) -> None:
+        await playout
+        self._deaf_until = self._position + ECHO
+        self._speaking = None
+
+    def _cut(self, start: int, end: int) -> Samples:
+        """The audio between two places; what was lost is silence."""
+        start = max(start, self._frames[0].start)
+        utterance = np.zeros(end - start, np.int16)
+        for frame in self._frames:
+            piece = frame.samples[max(0, start - frame.start) : max(0, end - frame.start)]
+            at = max(0, frame.start - start)
+            utterance[at : at + len(piece)] = piece
+        return utterance
+
+    async def on_stop(self, reason: str) -> None:
+        """Stop waiting for the end of what is being said."""
+        if self._speaking is not None:
+            self._speaking.cancel()
