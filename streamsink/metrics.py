@@ -56,6 +56,10 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_Scrape(self))
 
+    def register(self, counts: Collector) -> None:
+        """Show what another part of the process counts for itself, at each scrape."""
+        self._registry.register(counts)
+
     def watch(self, live: Collection[CountedStream]) -> None:
         """Take the collection of live streams, which the endpoint keeps; read at each scrape.
 

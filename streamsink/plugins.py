@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from streamsink.errors import ProcessorError, SpeechError
+from streamsink.errors import ProcessorError, SpeechError, StreamsinkError
 from streamsink.processor import FunctionProcessor, Processor
 from streamsink.speech.events import VadSettings
 from streamsink.speech.vad import check
@@ -48,6 +48,7 @@ _BUILT_IN = {
     "echo": ("streamsink.processors.echo", "Echo"),
     "parrot": ("streamsink.processors.parrot", "Parrot"),
     "record": ("streamsink.processors.record", "Record"),
+    "transcribe": ("streamsink.processors.transcribe", "Transcribe"),
 }
 
 _OPTIONS_START = re.compile(r":(?=[A-Za-z_]\w*=)")
@@ -299,6 +300,9 @@ def _attribute(module: ModuleType, attribute: str, where: str) -> Any:
 def _where(error: BaseException, folder: Path | None = None) -> str:
     """Tell an error in one line, with the place it came from: the innermost one in ``folder``, where there is one."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, StreamsinkError):
+        # Ours say what to do about it, wherever they come from.
+        return str(error)
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[0] != "<"]

@@ -40,6 +40,7 @@ from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin, find
 from streamsink.session import Endpoint
+from streamsink.speech.transcription_counts import counts
 from streamsink.watchdog import Watchdog
 from streamsink.web.app import Web
 from streamsink.web.http import HEAD_LIMIT, HttpProtocol
@@ -105,6 +106,7 @@ class Server:
         self.settings = settings if settings is not None else Settings()
         self.access = access(self.settings)
         self.metrics = Metrics()
+        self.metrics.register(counts)
         self.pipelines: dict[str, list[Plugin]] = {
             name: [find(spec) for spec in pipeline.processors] for name, pipeline in self.settings.pipelines.items()
         }

@@ -32,6 +32,7 @@ from streamsink.stream import Stream
 from streamsink.track import SharedCounter, TrackClock
 
 if TYPE_CHECKING:
+    from streamsink.speech.events import Transcript
     from streamsink.status import StatusEvent
 
 log = structlog.get_logger(__name__)
@@ -444,6 +445,11 @@ class Session:
         """A mark's echo has not come."""
         assert self._chain is not None
         self._chain.call("on_mark", name, MarkOutcome.UNCONFIRMED)
+
+    def transcribed(self, transcript: Transcript) -> None:
+        """A processor knows what was said: every processor hears of it."""
+        assert self._chain is not None
+        self._chain.call("on_transcript", transcript)
 
     def _on_played(self, samples: Samples, at: float) -> None:
         """Audio of ours was heard at ``at`` seconds: place it on the inbound media clock."""

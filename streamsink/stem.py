@@ -65,6 +65,8 @@ def _numbers(directory: Path, first: str) -> Iterator[int]:
 
 def _files(directory: Path, stem: str) -> Iterator[Path]:
     yield directory / f"{stem}.json"
+    yield directory / f"{stem}.transcript.jsonl"
+    yield directory / f"{stem}.transcript.jsonl.part"
     for ending in AUDIO_ENDINGS:
         yield directory / f"{stem}.{ending}"
         yield directory / f"{stem}.{ending}.part"

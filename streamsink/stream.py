@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterable, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamsink.audio import Samples, Track
 from streamsink.codec import CodecSpec
@@ -17,6 +17,9 @@ from streamsink.playout import Audio, BargeIn, Playout
 from streamsink.sound import SoundFile, check_tone, tone
 from streamsink.stem import reserve
 from streamsink.wire import DIGITS
+
+if TYPE_CHECKING:
+    from streamsink.speech.events import Transcript
 
 
 class Control(Protocol):
@@ -30,6 +33,9 @@ class Control(Protocol):
 
     def hang_up(self, reason: str) -> None:
         """End the stream with close code 1000."""
+
+    def transcribed(self, transcript: Transcript) -> None:
+        """Hand a transcript to every processor."""
 
 
 class Stream:
@@ -234,6 +240,14 @@ class Stream:
             reason: Goes to the peer and the log; at most 123 bytes of it.
         """
         self._control.hang_up(reason)
+
+    def transcribed(self, transcript: Transcript) -> None:
+        """Tell every processor of this stream what was said: each gets ``on_transcript``.
+
+        Args:
+            transcript: An interim or final one; of each utterance exactly one is final.
+        """
+        self._control.transcribed(transcript)
 
     def from_thread(self, call: Callable[[], object]) -> None:
         """Run ``call`` on the event loop soon. The one method that may be used from another thread.

@@ -13,6 +13,7 @@ import numpy as np
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec
 from streamsink.playback import Playback
+from streamsink.speech.events import Transcript
 from streamsink.stream import Stream
 from streamsink.wire import Writer
 
@@ -24,6 +25,7 @@ class Line:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
+        self.transcripts: list[Transcript] = []
 
     def send(self, text: bytes) -> None:
         self.sent.append(text)
@@ -39,6 +41,9 @@ class Line:
 
     def hang_up(self, reason: str) -> None:
         self.sent.append(b"hang up")
+
+    def transcribed(self, transcript: Transcript) -> None:
+        self.transcripts.append(transcript)
 
 
 def make_stream(

@@ -141,7 +141,7 @@ class Transcriber:
 
 
 def voice_for(capabilities: Capabilities, call_rate: int, codec: str) -> Voice:
-    """Choose what an engine is given: the call's G.711 as it is, else PCM at the call's rate or the next one it takes."""
+    """Choose what an engine is given: the call's G.711 as it is, else PCM at the call's rate or the next it takes."""
     for encoding in ("mulaw", "alaw"):
         if codec == _G711[encoding] and encoding in capabilities.encodings:
             return Voice(encoding, 8000, call_rate)
