@@ -268,6 +268,7 @@ def test_a_built_in_hides_an_entry_point_of_its_name(site: Path) -> None:
         ("echo", "rival"): "hidden by the built-in of this name",
         ("parrot", "built-in"): None,
         ("record", "built-in"): None,
+        ("transcribe", "built-in"): None,
     }
 
 
@@ -294,7 +295,7 @@ def test_a_broken_entry_point_is_listed_with_the_reason(site: Path) -> None:
         },
     )
     listed = {listing.name: listing for listing in catalogue()}
-    assert list(listed) == ["broken", "echo", "fine", "gone", "nothing", "parrot", "record"]
+    assert list(listed) == ["broken", "echo", "fine", "gone", "nothing", "parrot", "record", "transcribe"]
     assert listed["fine"] == Listing("fine", "half", "Sends each inbound frame straight back.", ())
     assert listed["broken"].problem == (
         "entry point `broken` (broken_plugin:Mine) cannot be loaded: "
@@ -321,7 +322,7 @@ REFUSED = {
     "": "'' names no processor; wanted NAME or NAME:key=value,key=value",
     ":size=1": "':size=1' names no processor; wanted NAME or NAME:key=value,key=value",
     "recrod": "there is no processor `recrod` (did you mean `record`?); there are echo, parrot, record, "
-    "or write package.module:Name or path/to/file.py:Name",
+    "transcribe, or write package.module:Name or path/to/file.py:Name",
     "record:16000": "`record:16000`: there is no module `record`; options are written key=value",
     "no_such.module:Mine": "`no_such.module:Mine`: there is no module `no_such.module`",
     "streamsink.processors.nothing:Mine": "`streamsink.processors.nothing:Mine`: there is no module "
@@ -489,7 +490,7 @@ def test_a_functions_options_are_its_keyword_arguments(options: Path) -> None:
 
 
 def test_the_catalogue_tells_options_types_and_defaults() -> None:
-    assert catalogue()[-1] == Listing(
+    assert {listing.name: listing for listing in catalogue()}["record"] == Listing(
         "record",
         "built-in",
         "Records the stream as WAV, with a JSON sidecar.",
