@@ -35,6 +35,10 @@ class CountedStream(Protocol):
         """Media messages sent."""
 
     @property
+    def underruns(self) -> int:
+        """How often the far end ran dry in the middle of something."""
+
+    @property
     def codec_name(self) -> str:
         """The codec's name, or ``none`` before it is known."""
 
@@ -53,6 +57,7 @@ class Metrics:
         self._processor_dropped: Counter[str] = Counter()
         self._lag = _Histogram()
         self._lateness = _Histogram()
+        self._lead = _Histogram()
         self._registry = CollectorRegistry()
         self._registry.register(_Scrape(self))
 
@@ -102,6 +107,10 @@ class Metrics:
         """Note how late outgoing audio left."""
         self._lateness.observe(seconds)
 
+    def observe_lead(self, seconds: float) -> None:
+        """Note how much audio the far end still had when more left."""
+        self._lead.observe(seconds)
+
     def render(self) -> tuple[bytes, str]:
         """Everything in Prometheus' text format 0.0.4, and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
@@ -123,6 +132,9 @@ class Metrics:
             "streamsink_frames_lost", "Frames that never came, by the jumps of chunk.", value=totals.lost
         )
         yield CounterMetricFamily("streamsink_frames_sent", "Media frames sent to the platform.", value=totals.sent)
+        yield CounterMetricFamily(
+            "streamsink_playout_underruns", "Gaps in outgoing audio, where it came too late.", value=totals.underruns
+        )
         yield _labelled("streamsink_messages_bad", "Messages dropped.", "reason", self._messages_bad)
         yield _labelled("streamsink_handshakes_refused", "Upgrades refused.", "reason", self._handshakes_refused)
         yield _labelled(
@@ -133,6 +145,9 @@ class Metrics:
         )
         yield self._lag.family("streamsink_event_loop_lag_seconds", "How late the event loop runs its timers.")
         yield self._lateness.family("streamsink_playout_lateness_seconds", "How late outgoing audio leaves.")
+        yield self._lead.family(
+            "streamsink_playout_lead_seconds", "How much audio the far end still has when more leaves."
+        )
 
 
 class _Totals:
@@ -142,6 +157,7 @@ class _Totals:
         self.received: Counter[str] = Counter()
         self.lost = 0
         self.sent = 0
+        self.underruns = 0
 
     def add(self, stream: CountedStream) -> None:
         # A stream without a codec has no frames; its label would be one more series for nothing.
@@ -149,11 +165,12 @@ class _Totals:
             self.received[stream.codec_name] += stream.frames_received
         self.lost += stream.frames_lost
         self.sent += stream.frames_sent
+        self.underruns += stream.underruns
 
     def copy(self) -> _Totals:
         totals = _Totals()
         totals.received.update(self.received)
-        totals.lost, totals.sent = self.lost, self.sent
+        totals.lost, totals.sent, totals.underruns = self.lost, self.sent, self.underruns
         return totals
 
 

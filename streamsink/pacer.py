@@ -18,15 +18,22 @@ class Pacer:
 
     Args:
         loop: The event loop whose ``call_at`` and ``time`` it uses.
-        on_late: Told of each tick how many seconds after a frame's due time it came.
+        on_late: Told how many seconds after its due time each frame left.
+        on_lead: Told how many seconds of audio the far end still had when it did.
     """
 
     SLACK = 0.001
     """Seconds: what falls due this soon after a tick goes out with it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_late: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_late: Callable[[float], None],
+        on_lead: Callable[[float], None],
+    ) -> None:
         self._loop = loop
         self._on_late = on_late
+        self._on_lead = on_lead
         self._heap: list[tuple[float, int, Playback]] = []
         # What each playback is waiting for; a heap entry that differs is stale.
         self._due: dict[Playback, float] = {}
@@ -56,12 +63,15 @@ class Pacer:
             if self._due.get(playback) != due:
                 continue
             del self._due[playback]
-            self._on_late(max(0.0, now - due))
+            ahead, sent = playback.ahead(now), playback.frames_sent
             try:
                 playback.advance(max(now, due))
             except Exception:
                 log.exception("a stream's outgoing audio failed")
                 continue
+            if playback.frames_sent != sent:
+                self._on_late(max(0.0, now - due))
+                self._on_lead(ahead)
             following = playback.due
             if following is not None:
                 # Never twice in one tick: what stays due waits for the next.

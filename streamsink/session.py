@@ -9,6 +9,7 @@ A session does no I/O and reads no clock of its own: its connection tells it the
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from streamsink.pacer import Pacer
 from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
+from streamsink.slope import SAMPLE_EVERY, Slope
 from streamsink.speech.vad import Detectors
 from streamsink.stream import Stream
 from streamsink.track import SharedCounter, TrackClock
@@ -84,7 +86,7 @@ class Endpoint:
         self.metrics = metrics
         self.loop = loop
         self.clock: Callable[[], float] = loop.time
-        self.pacer = Pacer(loop, metrics.observe_lateness)
+        self.pacer = Pacer(loop, metrics.observe_lateness, metrics.observe_lead)
         self.detectors = Detectors(settings.vad_streams)
         self.draining = False
         # Every session whose processors have not all ended, and the streaming ones by their streamSid.
@@ -169,8 +171,9 @@ class Session:
         self._bad_times: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._bad = 0
         self._unknown_events: set[str] = set()
-        # When the first frame came, and where what the far end heard of ours ends, on the inbound media clock.
-        self._media_epoch: float | None = None
+        # The inbound media clock against ours, when to look at it again, and where on it what the far end heard ends.
+        self._slope = Slope()
+        self._slope_at = math.inf
         self._played_position = 0
         self._finishing: asyncio.Task[None] | None = None
         endpoint.sessions.add(self)
@@ -352,6 +355,8 @@ class Session:
             self._first_frame(clock, samples, now)
         self.frames_received += 1
         start, lost = clock.advance(len(samples))
+        if now >= self._slope_at:
+            self._follow(clock, now)
         sequence = message.sequence if message.sequence is not None else chunk
         self._chain.frame(Frame(samples, self._codec.rate, clock.track, start, lost, sequence))  # type: ignore[union-attr]
 
@@ -373,12 +378,24 @@ class Session:
         """The first frame tells the ptime, which no message does, and starts the media clock."""
         assert self._codec is not None
         assert self._playback is not None
-        self._media_epoch = now - len(samples) / self._codec.rate
+        assert self.stream is not None
+        if self.stream.talk_back:
+            self._slope_at = now
         ptime, rest = divmod(len(samples) * 1000, self._codec.rate)
         if not rest and ptime in PTIMES and ptime != self._codec.ptime:
             self._codec = self._codec.with_ptime(ptime)
-            self.stream.codec = self._codec  # type: ignore[union-attr]
+            self.stream.codec = self._codec
             self._playback.set_ptime(ptime)
+
+    def _follow(self, clock: TrackClock, now: float) -> None:
+        """Outgoing audio keeps the pace of the audio that comes in: the far end's clock is not ours."""
+        assert self._codec is not None
+        assert self._playback is not None
+        if clock is not next(iter(self._tracks.values())):
+            return
+        self._slope_at = now + SAMPLE_EVERY
+        if self._slope.observe(now, clock.position / self._codec.rate):
+            self._playback.set_slope(self._slope.value)
 
     def _dtmf(self, message: wire.Dtmf) -> None:
         if self._chain is None:
@@ -455,7 +472,7 @@ class Session:
         """Audio of ours was heard at ``at`` seconds: place it on the inbound media clock."""
         assert self._codec is not None
         assert self._chain is not None
-        epoch = self._started_at if self._media_epoch is None else self._media_epoch
+        epoch = self._slope.delay if self.frames_received else self._started_at
         start = max(0, round((at - epoch) * self._codec.rate))
         if abs(start - self._played_position) < _CLOCK_STEP * self._codec.rate or start < self._played_position:
             start = self._played_position
@@ -540,6 +557,11 @@ class Session:
     def frames_sent(self) -> int:
         """Media messages sent."""
         return 0 if self._playback is None else self._playback.frames_sent
+
+    @property
+    def underruns(self) -> int:
+        """How often the far end ran dry in the middle of something."""
+        return 0 if self._playback is None else self._playback.underruns
 
     @property
     def codec_name(self) -> str:

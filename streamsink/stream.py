@@ -52,6 +52,7 @@ class Stream:
         path: The path of the URL the platform opened.
         started_at: When the start message came, UTC.
         processors: Names of the processors on this stream.
+        talk_back: Whether its processors may speak.
         recordings: The folder files about this stream go to.
         close_code: WebSocket close code, once the stream has ended; 1006 when the connection was lost without one.
         close_reason: The words that came with it.
@@ -89,8 +90,8 @@ class Stream:
         self.processors = processors
         self.close_code: int | None = None
         self.close_reason = ""
+        self.talk_back = talk_back
         self._playback = playback
-        self._talk_back = talk_back
         self._control = control
         self._loop = loop
         self._stem: str | None = None
@@ -143,7 +144,7 @@ class Stream:
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
         """
-        if not self._talk_back:
+        if not self.talk_back:
             self._check_talk_back()
         return self._playback.play(samples, sample_rate, barge_in, text)
 
@@ -261,5 +262,5 @@ class Stream:
             raise StreamClosed("the endpoint has ended: nothing more can be done on this stream") from None
 
     def _check_talk_back(self) -> None:
-        if not self._talk_back:
+        if not self.talk_back:
             raise TalkBackOff("this stream's pipeline has talk_back = false: take that line out to let it speak")

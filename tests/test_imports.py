@@ -19,7 +19,7 @@ LAYERS = (
     ("audio", "auth", "tls"),
     ("child", "codec", "gain", "playout", "sound", "wire"),
     ("speech",),
-    ("playback", "processor", "simulator", "stream_object", "track"),
+    ("playback", "processor", "simulator", "slope", "stream_object", "track"),
     ("pacer", "plugins", "stream"),
     ("processors", "session"),
     ("connection", "testing", "web"),

@@ -11,6 +11,7 @@ class Counted:
     frames_received: int = 0
     frames_lost: int = 0
     frames_sent: int = 0
+    underruns: int = 0
 
 
 def scrape(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -32,15 +33,16 @@ UNLABELLED = {
     key("streamsink_streams_active"): 0.0,
     key("streamsink_frames_lost_total"): 0.0,
     key("streamsink_frames_sent_total"): 0.0,
+    key("streamsink_playout_underruns_total"): 0.0,
     **{key("streamsink_frames_received_total", codec=codec): 0.0 for codec in ("PCMU", "PCMA", "G722", "L16")},
     **{
         key(f"streamsink_{name}_seconds{suffix}"): 0.0
-        for name in ("event_loop_lag", "playout_lateness")
+        for name in ("event_loop_lag", "playout_lateness", "playout_lead")
         for suffix in ("_count", "_sum")
     },
     **{
         key(f"streamsink_{name}_seconds_bucket", le=bound): 0.0
-        for name in ("event_loop_lag", "playout_lateness")
+        for name in ("event_loop_lag", "playout_lateness", "playout_lead")
         for bound in BOUNDS
     },
 }
@@ -52,7 +54,7 @@ def test_before_anything_happened() -> None:
 
 def test_everything_has_the_name_and_labels_that_scripts_hold_on_to() -> None:
     metrics = Metrics()
-    metrics.stream_ended(Counted("G722", frames_received=5, frames_lost=2, frames_sent=3), "stop")
+    metrics.stream_ended(Counted("G722", frames_received=5, frames_lost=2, frames_sent=3, underruns=4), "stop")
     metrics.bad_message("json")
     metrics.bad_message("json")
     metrics.handshake_refused("wrong")
@@ -64,6 +66,7 @@ def test_everything_has_the_name_and_labels_that_scripts_hold_on_to() -> None:
         key("streamsink_frames_received_total", codec="G722"): 5.0,
         key("streamsink_frames_lost_total"): 2.0,
         key("streamsink_frames_sent_total"): 3.0,
+        key("streamsink_playout_underruns_total"): 4.0,
         key("streamsink_messages_bad_total", reason="json"): 2.0,
         key("streamsink_handshakes_refused_total", reason="wrong"): 1.0,
         key("streamsink_processor_errors_total", processor="record"): 1.0,

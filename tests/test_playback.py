@@ -469,7 +469,8 @@ class Paced:
     def __init__(self, streams: int) -> None:
         self.loop = Timers()
         self.late: list[float] = []
-        self.pacer = Pacer(self.loop, self.late.append)  # type: ignore[arg-type]
+        self.leads: list[float] = []
+        self.pacer = Pacer(self.loop, self.late.append, self.leads.append)  # type: ignore[arg-type]
         self.sent: list[list[float]] = [[] for _ in range(streams)]
         self.playbacks = [self._playback(index) for index in range(streams)]
 
@@ -499,6 +500,8 @@ def test_the_pacer_drives_many_streams_each_on_its_own_deadlines() -> None:
         expected = [begin] * 5 + [begin + k * 0.02 for k in range(1, 6)]
         assert times == pytest.approx(expected, abs=Pacer.SLACK * 2 + 1e-6)
     assert max(paced.late) < 0.003
+    assert paced.leads == pytest.approx([0.08] * 15, abs=0.003)
+    assert sum(playback.underruns for playback in paced.playbacks) == 0
 
 
 def test_one_stream_that_fails_does_not_silence_another(capsys: pytest.CaptureFixture[str]) -> None:
@@ -530,6 +533,8 @@ def test_a_late_tick_is_told() -> None:
     paced.loop.now = 100.5
     timer.callback()
     assert paced.late == [pytest.approx(0.48)]
+    assert paced.leads == [0.0]
+    assert paced.playbacks[0].underruns == 1
     assert len(paced.sent[0]) == 10
 
 
