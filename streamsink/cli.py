@@ -77,6 +77,8 @@ def serve(
     recordings: Annotated[Path | None, typer.Option(help="Folder of the recordings. [./recordings]")] = None,
     public_url: Annotated[str | None, typer.Option(help="The URL that peers use, behind a tunnel or proxy.")] = None,
     max_streams: Annotated[int | None, typer.Option(help="Streams at once. [no limit]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that serve streams. [1]")] = None,
+    bus: Annotated[str | None, typer.Option(help="What carries rooms between processes: nats://HOST:PORT.")] = None,
     capture: Annotated[Path | None, typer.Option(help="Folder to keep raw messages in.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder of the made token and certificate.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings file. [./streamsink.toml if there]")] = None,
@@ -102,6 +104,8 @@ def serve(
         recordings=recordings,
         public_url=public_url,
         max_streams=max_streams,
+        workers=workers,
+        bus=bus,
         capture=capture,
         state=state,
         config=config,
@@ -117,7 +121,13 @@ def serve(
         def started(self) -> None:
             _announce(self)
 
-    Announced(settings).run()
+    server = Announced(settings)
+    if settings.workers == 1:
+        server.run()
+    else:
+        from streamsink.workers import Supervisor
+
+        Supervisor(server).run()
 
 
 def _announce(server: object) -> None:

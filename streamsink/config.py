@@ -112,6 +112,8 @@ class Settings(BaseSettings):
         processors: SPECs of the ``default`` pipeline.
         recordings: Folder of the recordings.
         public_url: The URL peers use, where it is not this machine's own.
+        workers: Processes that serve streams.
+        bus: URL of what carries rooms between processes and machines; None: rooms are this process's own.
         max_streams: Streams at once; None: no limit.
         capture: Folder for raw captures; None: none are made.
         state: Folder of the made token and certificate.
@@ -150,6 +152,8 @@ class Settings(BaseSettings):
     )
     recordings: Path = Field(default=Path("recordings"), description=_PATH)
     public_url: str | None = Field(default=None, description="a URL such as wss://streams.example.com/")
+    workers: int = Field(default=1, ge=1, le=256, description="a whole number from 1 to 256")
+    bus: str | None = Field(default=None, description="nats://HOST:PORT")
     max_streams: int | None = Field(default=None, ge=1, description="a whole number from 1")
     capture: Path | None = Field(default=None, description=_PATH)
     state: Path = Field(default_factory=default_state_dir, description=_PATH)

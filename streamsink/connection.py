@@ -212,10 +212,9 @@ class Connection(asyncio.Protocol):
             known = ", ".join("/" + name for name in sorted(self.endpoint.pipelines))
             self._refused("path", path, f"the path names no pipeline: expected / or one of {known}")
             return self._engine.reject(HTTPStatus.NOT_FOUND, "no pipeline has this name\n"), "", None
-        limit = self.endpoint.settings.max_streams
-        full = limit is not None and len(self.endpoint.sessions) >= limit
-        if self.endpoint.draining or full:
-            if full:
+        if self.endpoint.draining or self.endpoint.full:
+            if self.endpoint.full:
+                limit = self.endpoint.settings.max_streams
                 self._refused("full", path, f"{limit} streams are open: raise --max-streams or add an endpoint")
             else:
                 self._refused("draining", path, "this endpoint is shutting down: another one must take the stream")

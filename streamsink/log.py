@@ -20,12 +20,13 @@ _MAX_TRACEBACK_LINES = 60
 _QUIET = ("asyncio", "uvicorn", "uvicorn.error", "websockets", "aiofastnet")
 
 
-def configure(format: Literal["text", "json"], level: str) -> None:
+def configure(format: Literal["text", "json"], level: str, worker: int | None = None) -> None:
     """Send every log line to stderr: UTC timestamps, one line each but for tracebacks.
 
     Args:
         format: ``text`` for people (in colour on a terminal), ``json`` for machines.
         level: The least severe level that is logged: ``debug``, ``info``, ``warning`` or ``error``.
+        worker: Number of this process among the endpoint's, which every line tells; None where there is but one.
     """
     threshold = logging.getLevelNamesMapping()[level.upper()]
     before: list[Processor] = [
@@ -34,6 +35,8 @@ def configure(format: Literal["text", "json"], level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
+    if worker is not None:
+        before.append(lambda logger, name, event: {**event, "worker": worker})
     structlog.configure(
         processors=[*before, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),

@@ -15,6 +15,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 CODECS = ("PCMU", "PCMA", "G722", "L16")
@@ -148,6 +149,27 @@ class Metrics:
         yield self._lead.family(
             "streamsink_playout_lead_seconds", "How much audio the far end still has when more leaves."
         )
+
+
+def merged(texts: Mapping[int, bytes]) -> bytes:
+    """Make one text of those that each worker rendered; the label ``worker`` tells whose a sample is."""
+    families: dict[str, Metric] = {}
+    for worker, text in sorted(texts.items()):
+        for family in text_string_to_metric_families(text.decode()):
+            into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                into.samples.append(sample._replace(labels={**sample.labels, "worker": str(worker)}))
+    registry = CollectorRegistry()
+    registry.register(_Families(list(families.values())))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
 
 
 class _Totals:

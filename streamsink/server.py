@@ -40,6 +40,7 @@ from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin, find
 from streamsink.session import Endpoint
+from streamsink.siblings import Siblings
 from streamsink.speech.transcription_counts import counts
 from streamsink.watchdog import Watchdog
 from streamsink.web.app import Web
@@ -96,13 +97,21 @@ class Server:
 
     Args:
         settings: What to serve and how; the defaults when left out.
+        listener: The port, where another process has taken it.
+        siblings: The endpoint's other processes; None where there is but this one.
 
     Raises:
         ConfigError: A certificate, token file or setting cannot be used.
         ProcessorError: A pipeline names a processor that cannot be found or built.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        listener: socket.socket | None = None,
+        siblings: Siblings | None = None,
+    ) -> None:
         self.settings = settings if settings is not None else Settings()
         self.access = access(self.settings)
         self.metrics = Metrics()
@@ -119,7 +128,8 @@ class Server:
         self._reloader: tls.CertificateReloader | None = None
         if not self.settings.no_tls:
             self._load_certificate()
-        self._socket: socket.socket | None = None
+        self._socket = listener
+        self.siblings = siblings
         self._endpoint: Endpoint | None = None
         self._uvicorn: _Uvicorn | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -147,10 +157,15 @@ class Server:
         return self._endpoint
 
     @property
+    def listener(self) -> socket.socket:
+        """The port, once it is bound."""
+        assert self._socket is not None, "the port has not been bound"
+        return self._socket
+
+    @property
     def port(self) -> int:
         """The port it listens on."""
-        assert self._socket is not None, "the server has not been started"
-        return int(self._socket.getsockname()[1])
+        return int(self.listener.getsockname()[1])
 
     @property
     def url(self) -> str:
@@ -198,16 +213,18 @@ class Server:
         """
         if self._socket is None:
             self.bind()
-        assert self._socket is not None
         loop = asyncio.get_running_loop()
         endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(_on_loop_exception)
         self.metrics.watch(endpoint.sessions)
+        if self.siblings is not None:
+            self.siblings.on("metrics", lambda sender, body: self.metrics.render()[0])
+            endpoint.join(self.siblings)
         web = Web(endpoint, self.access.admin, self.access.status_secret)
         self._uvicorn = _Uvicorn(self._uvicorn_config(web.app(), endpoint))
         self._tasks = [
-            asyncio.create_task(self._uvicorn.serve(sockets=[self._socket])),
+            asyncio.create_task(self._uvicorn.serve(sockets=[self.listener])),
             asyncio.create_task(self._housekeeping()),
         ]
         listening = asyncio.ensure_future(self._uvicorn.listening.wait())
@@ -317,6 +334,8 @@ class Server:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
+        if self.siblings is not None:
+            self.siblings.open(on_signal)
         try:
             await self.start()
             self.started()
@@ -326,6 +345,8 @@ class Server:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+            if self.siblings is not None:
+                self.siblings.close()
 
     def started(self) -> None:
         """Called by :meth:`serve` once the port is open; a program may override it to say so."""

@@ -14,8 +14,9 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
+import msgspec
 import structlog
 
 from streamsink import wire
@@ -28,14 +29,13 @@ from streamsink.pacer import Pacer
 from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
+from streamsink.siblings import Siblings
 from streamsink.slope import SAMPLE_EVERY, Slope
+from streamsink.speech.events import Transcript
 from streamsink.speech.vad import Detectors
+from streamsink.status import StatusEvent
 from streamsink.stream import Stream
 from streamsink.track import SharedCounter, TrackClock
-
-if TYPE_CHECKING:
-    from streamsink.speech.events import Transcript
-    from streamsink.status import StatusEvent
 
 log = structlog.get_logger(__name__)
 
@@ -92,6 +92,41 @@ class Endpoint:
         # Every session whose processors have not all ended, and the streaming ones by their streamSid.
         self.sessions: set[Session] = set()
         self.live: dict[str, Session] = {}
+        # The endpoint's other processes, and how many streams each of them has; None where there is but this one.
+        self.siblings: Siblings | None = None
+        self._elsewhere: dict[int, int] = {}
+
+    def join(self, siblings: Siblings) -> None:
+        """Share streams' ids, webhooks and the limit of streams with the endpoint's other processes."""
+        self.siblings = siblings
+        siblings.on("hello", self._greet)
+        siblings.on("streams", self._elsewhere.__setitem__)
+        siblings.on("sid", lambda sender, sid: self.take_over(sid))
+        siblings.on("status", lambda sender, body: self.status(msgspec.convert(body, StatusEvent)))
+
+        siblings.tell("hello")
+
+    def _greet(self, sender: int, body: object) -> None:
+        # It is new: what its predecessor had ended with that.
+        self._elsewhere.pop(sender, None)
+        self.count()
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many streams as the settings allow."""
+        limit = self.settings.max_streams
+        return limit is not None and len(self.sessions) + sum(self._elsewhere.values()) >= limit
+
+    def count(self) -> None:
+        """Tell the other processes how many streams this one has."""
+        if self.siblings is not None:
+            self.siblings.tell("streams", len(self.sessions))
+
+    def take_over(self, sid: str) -> None:
+        """A stream with this streamSid starts, here or in another process: an older one is closed."""
+        older = self.live.pop(sid, None)
+        if older is not None:
+            older.close(1001, "a newer stream has this streamSid", "closed")
 
     def pipeline_of(self, path: str) -> str | None:
         """The pipeline a path names; None when the path leaves it open.
@@ -177,6 +212,7 @@ class Session:
         self._played_position = 0
         self._finishing: asyncio.Task[None] | None = None
         endpoint.sessions.add(self)
+        endpoint.count()
 
     # --- In: text from the socket ------------------------------------------------------------------------------------
 
@@ -308,10 +344,10 @@ class Session:
 
     def _take_over(self, sid: str) -> None:
         """The newest stream has the streamSid; an older one with the same is closed."""
-        older = self.endpoint.live.get(sid)
+        self.endpoint.take_over(sid)
         self.endpoint.live[sid] = self
-        if older is not None:
-            older.close(1001, "a newer stream has this streamSid", "closed")
+        if self.endpoint.siblings is not None:
+            self.endpoint.siblings.tell("sid", sid)
 
     def _media(self, message: wire.Media, now: float) -> None:
         if self._chain is None:
@@ -549,6 +585,7 @@ class Session:
         )
         self.endpoint.metrics.stream_ended(self, reason)
         self.endpoint.sessions.discard(self)
+        self.endpoint.count()
         self.done.set()
 
     # --- For the metrics ---------------------------------------------------------------------------------------------

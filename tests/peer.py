@@ -406,6 +406,13 @@ class Running:
             await peer.close()
 
 
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait for what no event tells: another process's doing."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 def request(method: str, path: str, *headers: str, body: bytes = b"") -> bytes:
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
     if body:

@@ -12,6 +12,7 @@ from streamsink import bus as bus_module
 from streamsink.bus import Bus, Message, NatsBus, ProcessBus, open_bus
 from streamsink.errors import BusError, ConfigError
 from tests.nats_server import NatsServer, free_port, needs_nats
+from tests.peer import eventually
 
 
 class Taker:
@@ -44,12 +45,6 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
         yield opened
         await opened.close()
         assert not opened.connected
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what another process does tells no event
-            await asyncio.sleep(0.01)
 
 
 async def test_subscribers_get_what_is_published_in_order(bus: Bus) -> None:

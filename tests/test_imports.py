@@ -14,7 +14,7 @@ PACKAGE = ROOT / "streamsink"
 
 # From what stands on nothing up to the command line; a module imports from lower layers only. A package is one entry.
 LAYERS = (
-    ("_codecs", "capture", "errors", "log", "loop", "metrics", "stem", "watchdog"),
+    ("_codecs", "capture", "errors", "log", "loop", "metrics", "siblings", "stem", "watchdog"),
     ("bus", "config", "state", "status"),
     ("audio", "auth", "tls"),
     ("child", "codec", "gain", "playout", "sound", "wire"),
@@ -24,6 +24,7 @@ LAYERS = (
     ("processors", "session"),
     ("connection", "testing", "web"),
     ("server",),
+    ("workers",),
     ("cli",),
     ("__main__",),
 )

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from streamsink.auth import REFUSAL_BODY, REFUSAL_HEADERS, Refusal, TokenBook
 from streamsink.errors import BadMessage
+from streamsink.metrics import merged
 from streamsink.session import Endpoint
 from streamsink.status import parse
 
@@ -56,10 +57,9 @@ class Web:
 
     async def readyz(self, request: Request) -> Response:
         """200, or 503 while draining or full."""
-        limit = self._endpoint.settings.max_streams
         if self._endpoint.draining:
             return PlainTextResponse("draining\n", 503)
-        if limit is not None and len(self._endpoint.sessions) >= limit:
+        if self._endpoint.full:
             return PlainTextResponse("full\n", 503)
         return PlainTextResponse("ready\n")
 
@@ -68,6 +68,9 @@ class Web:
         if not self._is_admin(request):
             return self._unauthorized()
         body, content_type = self._endpoint.metrics.render()
+        siblings = self._endpoint.siblings
+        if siblings is not None:
+            body = merged({siblings.number: body, **await siblings.ask("metrics")})
         return Response(body, headers={"Content-Type": content_type})
 
     async def status(self, request: Request) -> Response:
@@ -85,6 +88,8 @@ class Web:
             log.warning("status webhook refused", cause=str(error))
             return PlainTextResponse(f"{error}\n", 400)
         known = self._endpoint.status(event)
+        if not known and self._endpoint.siblings is not None:
+            known = any((await self._endpoint.siblings.ask("status", event)).values())
         log.info(
             "stream status",
             event_name=event.event,
