@@ -8,16 +8,12 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 from pocketsphinx import Decoder
 
-from streamsink.child import answer
-
-Message: TypeAlias = dict[str, Any]
+from streamsink.speech.stt.worker import Message, Worker
 
 FRAMES_A_SECOND = 100
 """Of PocketSphinx' features: what its segments count in."""
@@ -36,25 +32,13 @@ class Options(msgspec.Struct):
     keywords: list[str] = []
 
 
-class Decoders:
-    """Decoders by number; each transcribes one utterance at a time."""
+class Decoders(Worker):
+    """PocketSphinx' decoders."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._decoders: dict[int, Any] = {}
         self._open: set[int] = set()
-
-    def reply(self, message: Message) -> Iterator[Message]:
-        """Answer a message with one: what was asked for, or ``error``."""
-        number = message["decoder"]
-        began = time.process_time()
-        try:
-            answer = getattr(self, message["do"])(number, message)
-        except (RuntimeError, ValueError) as error:
-            answer = {"error": str(error)}
-        answer["question"] = message["question"]
-        answer["busy"] = time.process_time() - began
-        yield answer
 
     def load(self, number: int, message: Message) -> Message:
         """Make the decoder."""
@@ -141,7 +125,7 @@ def keyword_line(keyword: str) -> str:
 def main() -> None:
     """Answer until there is nothing more to do."""
     options = msgspec.json.decode(sys.argv[1], type=Options)
-    answer(Decoders(options).reply)
+    Decoders(options).work()
 
 
 if __name__ == "__main__":
