@@ -45,6 +45,8 @@ def test_defaults() -> None:
         "recordings": Path("recordings"),
         "public_url": None,
         "max_streams": None,
+        "workers": 1,
+        "bus": None,
         "capture": None,
         "state": Path("/home/anna/.local/state/streamsink"),
         "config": None,
@@ -217,7 +219,7 @@ def test_a_bad_admin_token_is_not_shown(value: object) -> None:
         (
             "STREAMSINK_XYZZY",
             "1",
-            "unknown environment variable STREAMSINK_XYZZY; allowed are ADMIN_TOKEN, CAPTURE, CERT, ",
+            "unknown environment variable STREAMSINK_XYZZY; allowed are ADMIN_TOKEN, BUS, CAPTURE, CERT, ",
         ),
         (
             "STREAMSINK_PORT_8443_TCP",

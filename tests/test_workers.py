@@ -9,15 +9,33 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streamsink import siblings as siblings_module
 from streamsink.auth import ADMIN_TOKEN_FILE, STATUS_SECRET_FILE, STREAM_TOKEN_FILE
+from streamsink.config import Settings
 from streamsink.metrics import merged
+from streamsink.server import Server
 from streamsink.siblings import Hub, Siblings
-from tests.peer import PATIENCE, STOP, Peer, eventually, media, request, start
+from tests.peer import (
+    ADMIN_TOKEN,
+    LISTENER,
+    PATIENCE,
+    STOP,
+    TOKEN,
+    Listener,
+    Peer,
+    Running,
+    eventually,
+    media,
+    request,
+    start,
+    upgrade,
+)
 from tests.process import Process, processes
 
 pytestmark = pytest.mark.endpoint_loop
@@ -296,3 +314,53 @@ def test_metrics_of_workers_are_told_apart() -> None:
         "# TYPE b gauge",
         'b{worker="1"} 3.0',
     ]
+
+
+async def test_endpoints_share_ids_webhooks_and_the_limit(tmp_path: Path, read_log: Callable[[], str]) -> None:
+    family = Family(2)
+    options: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "state": tmp_path / "state",
+        "recordings": tmp_path / "recordings",
+        "tokens": [f"crew:{TOKEN}"],
+        "admin_token": ADMIN_TOKEN,
+        "processors": [LISTENER],
+        "max_streams": 3,
+    }
+    settings = Settings(**options)
+    async with AsyncExitStack() as stack:
+        first, second = [
+            Running(await stack.enter_async_context(Server(settings, siblings=sibling)), read_log)
+            for sibling in family.siblings
+        ]
+        stack.callback(family.close)
+        for running in (first, second):
+            stack.push_async_callback(running.disconnect)
+        here, there = await first.stream(), await second.stream()
+        here.send(start(here.sid), media(1))
+        listener = await Listener.of(here.sid)
+
+        # A webhook that came to the wrong one.
+        status = f"/status/{second.server.access.status_secret}?StreamEvent=stream-started&StreamSid={here.sid}"
+        assert (await second.get(status)).status == 204
+        await listener.until(lambda listener: len(listener.statuses) == 1)
+        assert "live=True" in read_log()
+
+        # All streams count.
+        another = await second.stream()
+        await eventually(lambda: first.server.endpoint.full)
+        refused = await first.connect()
+        refused.send(upgrade())
+        assert (await refused.response()).status == 503
+
+        # Whoever is new learns how many there are, and nobody counts its predecessor's.
+        second.server.siblings.tell("hello")  # type: ignore[union-attr]
+        await eventually(lambda: not first.server.endpoint.full)
+        second.server.endpoint.count()
+        await eventually(lambda: first.server.endpoint.full)
+
+        # The same streamSid elsewhere.
+        there.send(start(here.sid), media(1))
+        assert await here.close_code() == 1001
+        await another.close()
