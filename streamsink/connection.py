@@ -41,9 +41,10 @@ CLOSE_TIMEOUT = 5.0
 LINGER = 1.0
 """Seconds a failed connection is still read, so that the close frame is not lost to a TCP reset."""
 WRITE_HIGH_WATER = 256 * 1024
-"""Bytes unsent at which a stream's audio waits; four times as many end the connection."""
-STALL_LIMIT = 30.0
-"""Seconds a peer may leave that much unread: what is played meanwhile waits in memory."""
+"""Bytes unsent at which a peer is held back until its stream tells how much is two seconds of its audio; four times
+as many end the connection."""
+STALL_LIMIT = 10.0
+"""Seconds a peer may leave so much unread that its audio waits: what is played meanwhile is not sent."""
 MAX_FRAGMENTS = 1024
 """Fragments of one message; empty ones cost nothing against the size limit."""
 PING_INTERVAL = 20.0
@@ -84,7 +85,7 @@ class Connection(asyncio.Protocol):
         # Frames to send when the bytes of one read are through; None outside of that.
         self._corked: list[bytes] | None = None
         self._closing = False
-        # While more is unsent than WRITE_HIGH_WATER.
+        # While more is unsent than the transport is told to hold.
         self._stalled = False
         self._timers: list[asyncio.TimerHandle] = []
         self._ping_timer: asyncio.TimerHandle | None = None
@@ -364,6 +365,17 @@ class Connection(asyncio.Protocol):
             self._corked.append(frame)
         else:
             self._write(frame)
+
+    def limit_unsent(self, octets: int) -> None:
+        """Let audio wait while more than that is unsent: it would only come late.
+
+        Left alone, the kernel takes up to 4 MB, which is minutes of audio.
+        """
+        self._transport.set_write_buffer_limits(high=min(octets // 2, WRITE_HIGH_WATER))
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None:
+            # Linux doubles it, to have room for what it needs itself.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, octets // 4)
 
     def close(self, code: int, reason: str) -> None:
         """Close the WebSocket; what was sent before still leaves."""

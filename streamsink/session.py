@@ -48,6 +48,8 @@ FLOOD_ALLOWANCE = 10.0
 MESSAGES_A_SECOND = 500
 MESSAGES_ALLOWANCE = 10_000
 """Likewise messages of all kinds: two tracks of 10 ms frames make 200 a second."""
+UNSENT_LIMIT = 2.0
+"""Seconds of audio that may wait in the socket of a peer that does not read."""
 _CLOCK_STEP = 0.02
 """Seconds; what the far end heard is placed right behind what it heard before when the clocks differ by less."""
 
@@ -59,6 +61,9 @@ class Outlet(Protocol):
 
     def send(self, text: bytes) -> None:
         """Send one text message."""
+
+    def limit_unsent(self, octets: int) -> None:
+        """Hold back while the peer has left so much unread."""
 
     def close(self, code: int, reason: str) -> None:
         """Close the WebSocket (RFC 6455 §7.4); what was sent before still leaves."""
@@ -268,6 +273,9 @@ class Session:
             self.endpoint.clock,
             settings.playout_lead_ms / 1000,
         )
+        # Base64 makes four octets of three, and each frame has its message around it.
+        around = len(self._writer.media(b"")) * 1000 / codec.ptime
+        self._outlet.limit_unsent(round(UNSENT_LIMIT * (codec.bytes_per_second * 4 / 3 + around)))
         if settings.l16_byteorder == "big":
             self._byteorder = "big"
             self._playback.set_byteorder("big")

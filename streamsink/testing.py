@@ -325,6 +325,9 @@ class _FarEnd:
         assert self.session is not None
         self.session.receive(self.writer.mark(name), now)
 
+    def limit_unsent(self, octets: int) -> None:
+        """Nothing waits here."""
+
     def close(self, code: int, reason: str) -> None:
         self.close_code, self.close_reason = code, reason
 

@@ -33,6 +33,7 @@ class Transport(asyncio.Transport):
         self.closing = False
         self.aborted = False
         self.unsent = 0
+        self.high = 0
 
     def write(self, data: Any) -> None:
         self.written += data
@@ -53,7 +54,7 @@ class Transport(asyncio.Transport):
         return self.unsent
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        pass
+        self.high = high or 0
 
 
 class Recorder(Session):
@@ -278,6 +279,14 @@ async def test_a_peer_that_does_not_read_is_held_back_and_then_dropped() -> None
     opened.transport.unsent = 2 * 1024 * 1024
     opened.connection.send(b"y")
     assert opened.transport.was_aborted()
+    await opened.end()
+
+
+async def test_what_a_transport_holds_is_limited() -> None:
+    opened = Opened()
+    # Half of it here, half of it where there is a socket.
+    opened.connection.limit_unsent(30_000)
+    assert opened.transport.high == 15_000
     await opened.end()
 
 

@@ -23,6 +23,7 @@ from streamsink.auth import REFUSAL_BODY
 from streamsink.config import Settings
 from streamsink.connection import MAX_FRAGMENTS
 from streamsink.loop import KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT_MS, new_event_loop
+from streamsink.playout import Outcome
 from streamsink.processor import Processor
 from streamsink.server import Server
 from streamsink.simulator import SimulateOptions, simulate
@@ -604,6 +605,30 @@ async def test_a_peer_that_never_reads_is_dropped(serve: Serve) -> None:
         'streams_total{codec="PCMU",outcome="lost"}': 1.0,
         'streams_total{codec="PCMU",outcome="stop"}': 1.0,
     }
+    assert "peer does not read: connection dropped" in running.log
+    check_log(running.log)
+
+
+async def test_a_peer_that_stops_reading_holds_two_seconds_of_audio_and_is_dropped(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamsink.connection.STALL_LIMIT", 0.2)
+    running = await serve(processors=[LISTENER])
+    healthy = await running.healthy()
+    peer = await running.connect(receive_buffer=4096)
+    await peer.upgraded()
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    peer.send(start(peer.sid))
+    listener = await Listener.of(peer.sid)
+    assert listener.stream is not None
+    playout = listener.stream.play(np.zeros(10 * 8000, np.int16), 8000)
+    (session,) = (each for each in running.server.endpoint.sessions if each.stream is listener.stream)
+    await listener.until(lambda listener: listener.stopped is not None)
+    assert listener.stopped == "lost"
+    # What fits into sockets and buffers, the lead, and what the peer's own buffers take.
+    assert 0.3 < session.frames_sent * 0.02 < 2.0 + 0.1 + 1.0
+    assert (await playout).outcome is Outcome.CLOSED
+    await healthy.finish()
     assert "peer does not read: connection dropped" in running.log
     check_log(running.log)
 

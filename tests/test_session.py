@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,13 @@ class Outlet:
     def __init__(self) -> None:
         self.sent: list[dict[str, Any]] = []
         self.closed: tuple[int, str] | None = None
+        self.unsent_limit = 0
 
     def send(self, text: bytes) -> None:
         self.sent.append(json.loads(text))
+
+    def limit_unsent(self, octets: int) -> None:
+        self.unsent_limit = octets
 
     def close(self, code: int, reason: str) -> None:
         assert self.closed is None
@@ -539,8 +544,46 @@ async def test_talk_back() -> None:
         ("mark", "open", "UNCONFIRMED"),
         ("stop", "stop"),
     ]
-    with pytest.raises(StreamClosed):
-        stream.play(np.zeros(160, np.int16), 8000)
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: stream.play(np.zeros(160, np.int16), 8000),
+        lambda: stream.play_file("hello.wav"),
+        lambda: stream.tone(440, 100),
+    )
+    for use in uses:
+        with pytest.raises(StreamClosed):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "rate"),
+    [("audio/x-mulaw", 8000), ("audio/x-alaw", 8000), ("audio/G722", 8000), ("audio/x-L16", 16000), ("l16", 48000)],
+)
+async def test_a_socket_is_bounded_to_two_seconds_of_audio(encoding: str, rate: int) -> None:
+    peer, probe = await opened(Host(), encoding=encoding, rate=rate)
+    assert probe.stream is not None
+    sizes: list[int] = []
+    playback = peer.session._playback
+    assert playback is not None
+
+    def weigh(text: bytes) -> None:
+        sizes.append(len(text))
+
+    playback._send = weigh
+    frame = np.zeros(probe.stream.codec.frame_samples, np.int16)
+    probe.stream.play(frame, probe.stream.codec.rate)
+    assert peer.outlet.unsent_limit == pytest.approx(2 * 50 * sizes[0], rel=0.01)
+
+
+async def test_a_mark_without_an_echo_is_told_while_the_stream_lives() -> None:
+    host = Host()
+    peer, probe = await opened(host)
+    assert probe.stream is not None
+    probe.stream.mark("lost")
+    host.now += 5.1
+    host.endpoint.pacer.tick(host.now)
+    assert probe.events == [("mark", "lost", "UNCONFIRMED")]
+    peer.send({"event": "mark", "mark": {"name": "lost"}})
+    assert probe.events == [("mark", "lost", "UNCONFIRMED")]
 
 
 @pytest.mark.parametrize("digits", ["", "5x", "a"])
@@ -567,6 +610,8 @@ async def test_a_pipeline_without_talk_back_is_silent() -> None:
     assert stream is not None
     for use in (
         lambda: stream.play(np.zeros(160, np.int16), 8000),
+        lambda: stream.play_file("hello.wav"),
+        lambda: stream.tone(440, 100),
         lambda: stream.play_live(None),
         lambda: stream.mark("m"),
         lambda: stream.clear(),
