@@ -52,6 +52,11 @@ class Child:
         """The process's id; None before the start."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """What the process ended with, a signal being negative; None while it runs, and before the start."""
+        return None if self._process is None else self._process.returncode
+
     def send(self, message: object) -> None:
         """Send a message; never blocks. Nothing happens when the child is dead: :meth:`receive` tells.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ DEFAULT_FILE = Path("streamsink.toml")
 
 # Read by the tests, not by the endpoint: a developer has it in the shell while the endpoint starts.
 _FOREIGN_VARIABLES = frozenset({"STREAMSINK_TESTDATA"})
-_FILE_ONLY = frozenset({"pipelines"})
+_FILE_ONLY = frozenset({"pipelines", "speech"})
 _SECRET = frozenset({"tokens", "admin_token"})
 _FLAGS = {"tokens": "--token", "processors": "--processor"}
 _SHOWN = 80
@@ -74,6 +75,43 @@ class Pipeline(BaseModel):
     @classmethod
     def _specs(cls, specs: list[str]) -> list[str]:
         return _not_blank(specs)
+
+
+class SpeechSettings(BaseModel):
+    """What speaks: the table ``[speech]``.
+
+    Attributes:
+        synthesizer: The engine behind ``Stream.say``.
+        voice: Its voice, where a text asks for none: a name such as ``en-gb`` for ``espeak``, the path of an ``.onnx``
+            model for ``piper``, whatever takes the place of ``{voice}`` for ``command``. None is the engine's default.
+        command: The program of ``command``, and its arguments.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    synthesizer: Literal["espeak", "piper", "command"] = "espeak"
+    voice: str | None = Field(default=None, min_length=1, description="a voice's name, or a path for piper")
+    command: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="a program that writes WAV to standard output, with its arguments, such as "
+        '"flite -voice slt -t {text} -o /dev/stdout"; without {text} it gets the text on standard input',
+    )
+
+    @field_validator("command")
+    @classmethod
+    def _a_program(cls, command: str | None, info: ValidationInfo) -> str | None:
+        if command is None:
+            if info.data.get("synthesizer") == "command":
+                raise ValueError("the synthesizer is command, and there is none")
+            return None
+        try:
+            arguments = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"it cannot be split into arguments: {error}") from None
+        if not arguments:
+            raise ValueError("it is empty")
+        return command
 
 
 def default_state_dir() -> Path:
@@ -129,6 +167,7 @@ class Settings(BaseSettings):
         media_silence_seconds: End a stream that sends no media for so long; s; None: never.
         vad_streams: Tracks that Silero listens to at once; further ones get the energy detector.
         pipelines: By name; there is always a ``default``.
+        speech: The engines for speech.
     """
 
     model_config = SettingsConfigDict(
@@ -171,6 +210,7 @@ class Settings(BaseSettings):
     pipelines: dict[str, Pipeline] = Field(
         default={}, validate_default=True, description="tables [pipelines.<name>] with processors and talk_back"
     )
+    speech: SpeechSettings = Field(default=SpeechSettings(), description="a table [speech]")
 
     @classmethod
     def settings_customise_sources(
@@ -403,7 +443,8 @@ def _explain(detail: ErrorDetails, sources: _Sources) -> str:
     if field not in Settings.model_fields:
         return f"unknown setting {_show(field)}{_did_you_mean(field, Settings.model_fields)}"
     if detail["type"] == "extra_forbidden":
-        return f"{source}: unknown key{_did_you_mean(inner[-1], Pipeline.model_fields)}"
+        table = SpeechSettings if field == "speech" else Pipeline
+        return f"{source}: unknown key{_did_you_mean(inner[-1], table.model_fields)}"
     if detail["type"] == "value_error":
         got = str(detail["ctx"]["error"])
     elif detail["type"] == "missing":
@@ -413,6 +454,8 @@ def _explain(detail: ErrorDetails, sources: _Sources) -> str:
     model: type[BaseModel] = Settings
     if field == "pipelines" and len(inner) > 1:
         model, field = Pipeline, inner[1]
+    elif field == "speech" and inner:
+        model, field = SpeechSettings, inner[0]
     return f"{source}: {got}; allowed is {_allowed(model, field, detail['input'])}"
 
 

@@ -45,6 +45,7 @@ LOWEST_RATE, HIGHEST_RATE = 8000, 192_000
 """Hz; what a processor may ask for."""
 
 _BUILT_IN = {
+    "announce": ("streamsink.processors.announce", "Announce"),
     "echo": ("streamsink.processors.echo", "Echo"),
     "parrot": ("streamsink.processors.parrot", "Parrot"),
     "record": ("streamsink.processors.record", "Record"),

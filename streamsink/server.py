@@ -35,7 +35,7 @@ from streamsink.auth import (
 )
 from streamsink.config import Settings, Token
 from streamsink.connection import Connection
-from streamsink.errors import ConfigError
+from streamsink.errors import ConfigError, SpeechError
 from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin, find
@@ -119,10 +119,11 @@ class Server:
         self.pipelines: dict[str, list[Plugin]] = {
             name: [find(spec) for spec in pipeline.processors] for name, pipeline in self.settings.pipelines.items()
         }
+        self._says = False
         for plugins in self.pipelines.values():
             for plugin in plugins:
                 # Options that do not fit are told now, not by every stream.
-                plugin.build()
+                self._says |= plugin.build().says
         self.certificate: Path | None = None
         self._context: ssl.SSLContext | None = None
         self._reloader: tls.CertificateReloader | None = None
@@ -210,11 +211,14 @@ class Server:
 
         Raises:
             ConfigError: The port cannot be had.
+            SpeechError: A processor says texts, and there is nothing that could speak.
         """
         if self._socket is None:
             self.bind()
         loop = asyncio.get_running_loop()
         endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
+        if self._says:
+            await self._start_to_speak(endpoint)
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(_on_loop_exception)
         self.metrics.watch(endpoint.sessions)
@@ -237,6 +241,13 @@ class Server:
         gc.freeze()
         self._watchdog = Watchdog(loop, self.metrics.observe_lag)
         self._watchdog.start()
+
+    async def _start_to_speak(self, endpoint: Endpoint) -> None:
+        try:
+            await endpoint.synthesizer.open()
+        except SpeechError:
+            await endpoint.synthesizer.close()
+            raise
 
     def _uvicorn_config(self, app: ASGIApp, endpoint: Endpoint) -> uvicorn.Config:
         # uvicorn builds these classes itself, so what they need beyond its own arguments hangs on the class.
@@ -312,6 +323,7 @@ class Server:
         if self._watchdog is not None:
             self._watchdog.stop()
         await asyncio.to_thread(self.endpoint.detectors.close)
+        await self.endpoint.synthesizer.close()
         asyncio.get_running_loop().set_exception_handler(self._handler_before)
         log.info("stopped")
 

@@ -13,8 +13,9 @@ from streamsink.audio import Samples, Track
 from streamsink.codec import CodecSpec
 from streamsink.errors import StreamClosed, TalkBackOff
 from streamsink.playback import Playback
-from streamsink.playout import Audio, BargeIn, Playout
+from streamsink.playout import NOTHING, Audio, BargeIn, Playout
 from streamsink.sound import SoundFile, check_tone, tone
+from streamsink.speech.synthesis import Synthesizer, Utterance
 from streamsink.stem import reserve
 from streamsink.wire import DIGITS
 
@@ -75,6 +76,7 @@ class Stream:
         playback: Playback,
         talk_back: bool,
         control: Control,
+        synthesizer: Synthesizer,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.sid = sid
@@ -93,6 +95,7 @@ class Stream:
         self.talk_back = talk_back
         self._playback = playback
         self._control = control
+        self._synthesizer = synthesizer
         self._loop = loop
         self._stem: str | None = None
         self._reserving = threading.Lock()
@@ -147,6 +150,31 @@ class Stream:
         if not self.talk_back:
             self._check_talk_back()
         return self._playback.play(samples, sample_rate, barge_in, text)
+
+    def say(self, text: str, voice: str | None = None, *, barge_in: BargeIn | None = None) -> Playout:
+        """Queue a text to be spoken, behind what is queued; never blocks.
+
+        It is synthesized sentence by sentence, about a second ahead of the listener; a text of any length may be given.
+        ``text_heard`` of its playout is what was certainly heard of it: to the word with ``espeak``, to the sentence
+        with other engines. An engine that fails or dies ends the playout as ``FAILED``, and so does a voice that the
+        engine does not have; ``error`` is the `SpeechError` that tells. The next text has an engine again.
+
+        Args:
+            text: What to say. Without a letter or a digit in it, nothing is played.
+            voice: In the words of the engine (``[speech]`` in streamsink.toml); None is the one of the settings.
+            barge_in: As in :meth:`play`.
+
+        Raises:
+            SpeechError: The engine, its extra or the voice's file is missing; the message says how to mend it.
+            PlayoutFull: More than ten minutes of audio would be queued.
+            StreamClosed: The stream has ended.
+            TalkBackOff: The pipeline does not let its processors speak.
+        """
+        self._check_talk_back()
+        utterance = Utterance(self._synthesizer, text, voice)
+        if utterance.silent:
+            return self.play(NOTHING, self.codec.rate)
+        return self.play(utterance, None, barge_in=barge_in, text=utterance.heard)
 
     def play_file(self, path: str | Path, *, barge_in: BargeIn | None = None) -> Playout:
         """Queue a sound file, read in a thread as it falls due; channels are averaged.

@@ -11,7 +11,7 @@ import contextlib
 import selectors
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,13 @@ import soundfile
 
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec, Resampler
-from streamsink.config import Pipeline, Settings
+from streamsink.config import Pipeline, Settings, SpeechSettings
 from streamsink.errors import ProcessorError
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin
 from streamsink.processor import MarkOutcome, Processor
 from streamsink.session import Endpoint, Session
+from streamsink.speech.synthesis import Spoken, Synthesizer
 from streamsink.stream import Stream
 from streamsink.wire import PlatformWriter, decode_endpoint
 
@@ -105,12 +106,14 @@ async def run_processor(
     events: Sequence[Dtmf | Loss] = (),
     silence_seconds: float = 0.0,
     recordings: Path | None = None,
+    speech: SpeechSettings | None = None,
 ) -> Result:
     """Play a call to one processor and tell what came back.
 
     The call runs on an event loop of its own whose time jumps from one thing to do to the next: ``asyncio.sleep(2)``
     in a processor lasts two seconds of the call. Frames are sent once ``on_start`` is over. Voice activity is detected
-    by level, whatever engine the processor asks for.
+    by level, whatever engine the processor asks for. Time stands still while an engine synthesizes what
+    ``stream.say`` is given.
 
     Args:
         processor: A new instance.
@@ -124,6 +127,7 @@ async def run_processor(
         events: What happens during the call.
         silence_seconds: How long the call goes on after the audio.
         recordings: ``stream.recordings``; a folder that is deleted afterwards when not given.
+        speech: What speaks, where the processor says something; ``espeak`` when not given.
 
     Returns:
         What the far end got. It plays what it has, even when the call ends first.
@@ -145,7 +149,16 @@ async def run_processor(
     voiced = {track: np.concatenate([column, silence]) for track, column in zip(voices, columns, strict=True)}
     with contextlib.ExitStack() as stack:
         folder = recordings or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        call = _Call(_Watched(processor), spec, voiced, dict(custom_parameters or {}), name, events, folder)
+        call = _Call(
+            _Watched(processor),
+            spec,
+            voiced,
+            dict(custom_parameters or {}),
+            name,
+            events,
+            folder,
+            speech or SpeechSettings(),
+        )
         return await asyncio.to_thread(call.run)
 
 
@@ -169,8 +182,12 @@ class _VirtualTime(selectors.DefaultSelector):
     """Lets time jump to the next timer when nothing else is ready, but waits a little for other threads first."""
 
     now = 0.0
+    # While it is not nought, something is waited for that takes no time of the call's.
+    held = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self.held and timeout:
+            return super().select(timeout)
         ready = super().select(timeout and timeout / SPEED)
         if not ready and timeout:
             self.now += timeout
@@ -179,11 +196,40 @@ class _VirtualTime(selectors.DefaultSelector):
 
 class _VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
-        self._virtual = _VirtualTime()
-        super().__init__(self._virtual)
+        self.virtual = _VirtualTime()
+        super().__init__(self.virtual)
 
     def time(self) -> float:
-        return self._virtual.now
+        return self.virtual.now
+
+
+class _TimelessSynthesizer(Synthesizer):
+    """Has the call's time stand still while the engine works, so that a text is heard when it was said."""
+
+    def __init__(self, engine: Synthesizer, virtual: _VirtualTime) -> None:
+        self._engine = engine
+        self._virtual = virtual
+
+    def check(self, voice: str | None) -> None:
+        self._engine.check(voice)
+
+    async def open(self) -> None:
+        await self._engine.open()
+
+    async def speak(self, text: str, voice: str | None = None) -> AsyncGenerator[Spoken, None]:
+        async with contextlib.aclosing(self._engine.speak(text, voice)) as pieces:
+            while True:
+                self._virtual.held += 1
+                try:
+                    piece = await anext(pieces, None)
+                finally:
+                    self._virtual.held -= 1
+                if piece is None:
+                    return
+                yield piece
+
+    async def close(self) -> None:
+        await self._engine.close()
 
 
 class _Watched(Processor):
@@ -362,21 +408,26 @@ class _Call:
     name: str | None
     events: Sequence[Dtmf | Loss]
     recordings: Path
+    speech: SpeechSettings
 
     def run(self) -> Result:
-        with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
-            return runner.run(self.play())
+        loop = _VirtualLoop()
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            return runner.run(self.play(loop))
 
-    async def play(self) -> Result:
-        loop = asyncio.get_running_loop()
+    async def play(self, loop: _VirtualLoop) -> Result:
         name = type(self.watched.processor).__name__
         # A thread that listens cannot keep up with a call this fast: the energy detector does it on the way.
         settings = Settings(
-            pipelines={"default": Pipeline(processors=[name])}, recordings=self.recordings, vad_streams=0
+            pipelines={"default": Pipeline(processors=[name])},
+            recordings=self.recordings,
+            vad_streams=0,
+            speech=self.speech,
         )
         plugin = _Ready(name, type(self.watched.processor), {}, self.watched)
         metrics = _Metrics()
         endpoint = Endpoint(settings, {"default": [plugin]}, metrics, loop)
+        endpoint.synthesizer = _TimelessSynthesizer(endpoint.synthesizer, loop.virtual)
         far_end = _FarEnd(self.codec, loop)
         session = far_end.session = Session(
             endpoint,
@@ -393,6 +444,7 @@ class _Call:
         await self.talk(session, far_end.writer, loop)
         session.receive(far_end.writer.stop(), loop.time())
         await session.done.wait()
+        await endpoint.synthesizer.close()
         if self.watched.raised is not None:
             raise self.watched.raised
         if metrics.retired:

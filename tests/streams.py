@@ -12,8 +12,10 @@ import numpy as np
 
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec
+from streamsink.config import SpeechSettings
 from streamsink.playback import Playback
 from streamsink.speech.events import Transcript
+from streamsink.speech.synthesis import Synthesizer, build
 from streamsink.stream import Stream
 from streamsink.wire import Writer
 
@@ -56,6 +58,7 @@ def make_stream(
     custom_parameters: dict[str, Any] | None = None,
     processors: tuple[str, ...] = ("record",),
     line: Line | None = None,
+    synthesizer: Synthesizer | None = None,
 ) -> Stream:
     line = line or Line()
     spec = CodecSpec.parse(codec)
@@ -74,6 +77,7 @@ def make_stream(
         playback=Playback(spec, Writer(sid), line.send, line.wake, time.monotonic),
         talk_back=True,
         control=line,
+        synthesizer=synthesizer or build(SpeechSettings()),
         loop=asyncio.get_running_loop(),
     )
 

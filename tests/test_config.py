@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from streamsink.config import Pipeline, Settings, Token, default_state_dir, load
+from streamsink.config import Pipeline, Settings, SpeechSettings, Token, default_state_dir, load
 from streamsink.errors import ConfigError
 
 
@@ -61,6 +61,7 @@ def test_defaults() -> None:
         "media_silence_seconds": None,
         "vad_streams": 32,
         "pipelines": {"default": {"processors": ["record"], "talk_back": True}},
+        "speech": {"synthesizer": "espeak", "voice": None, "command": None},
     }
 
 
@@ -250,6 +251,26 @@ def test_a_bad_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: s
         ("config = 'x'", "streamsink.toml: unknown key 'config'"),
         ("port = -1", "streamsink.toml: port: got -1; allowed is a whole number from 0 to 65535"),
         (
+            "speech.synthesiser = 'piper'",
+            "streamsink.toml: speech.synthesiser: unknown key; did you mean synthesizer?",
+        ),
+        (
+            "speech.synthesizer = 'pipr'",
+            "streamsink.toml: speech.synthesizer: got 'pipr'; allowed is espeak or piper or command; "
+            "did you mean piper?",
+        ),
+        (
+            "speech.synthesizer = 'command'",
+            "streamsink.toml: speech.command: the synthesizer is command, and there is none; allowed is a program that",
+        ),
+        (
+            "speech.command = 'say \"hello'",
+            "streamsink.toml: speech.command: it cannot be split into arguments: No closing quotation; allowed is",
+        ),
+        ("speech.command = ' '", "streamsink.toml: speech.command: it is empty; allowed is a program that writes WAV"),
+        ("speech.voice = ''", "streamsink.toml: speech.voice: got ''; allowed is a voice's name, or a path for piper"),
+        ("speech = 5", "streamsink.toml: speech: got 5; allowed is a table [speech]"),
+        (
             "pipelines.agent.procesors = ['x']\npipelines.agent.processors = ['x']",
             "streamsink.toml: pipelines.agent.procesors: unknown key; did you mean processors?",
         ),
@@ -318,6 +339,13 @@ def test_pipelines_from_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         "default": Pipeline(processors=["mine.py:Tap"]),
         "agent": agent,
     }
+
+
+def test_speech_from_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("streamsink.toml").write_text("[speech]\nsynthesizer = 'command'\nvoice = 'slt'\ncommand = 'flite -t {text}'")
+    assert load().speech == SpeechSettings(synthesizer="command", command="flite -t {text}", voice="slt")
+    monkeypatch.setenv("STREAMSINK_SPEECH", "espeak")
+    assert refused() == "environment variable STREAMSINK_SPEECH: speech can only be set in streamsink.toml"
 
 
 def test_processors_of_a_stronger_source_replace_those_of_the_default_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     ("child", "codec", "gain", "playout", "sound", "wire"),
     ("speech",),
     ("playback", "processor", "simulator", "slope", "stream_object", "track"),
-    ("barge_in", "pacer", "plugins", "stream"),
+    ("pacer", "plugins", "stream"),
     ("processors", "session"),
     ("connection", "testing", "web"),
     ("server",),
