@@ -10,6 +10,7 @@ frame lasts there follows the slope of the audio that comes from it.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Sequence
 from typing import Literal, NamedTuple
@@ -409,10 +410,9 @@ class Playback:
     def barge_in(self) -> BargeIn | None:
         """What a talker may do to what is played at this moment."""
         heard = self.clock() - self.lag
-        for playout in self._finishing:
-            if playout.barge_in is not None and playout.end > heard:
-                return playout.barge_in
-        return next((playout.barge_in for playout in self._sending if playout.barge_in is not None), None)
+        sent = itertools.chain((playout for playout in self._finishing if playout.end > heard), self._sending)
+        playing = next(sent, None)
+        return None if playing is None else playing.barge_in
 
     # --- Inside ---
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -72,6 +74,13 @@ async def settle() -> None:
     """Let tasks that can run do so."""
     for _ in range(200):
         await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let tasks run, and threads, until something is so."""
+    async with asyncio.timeout(10):
+        for _ in itertools.takewhile(lambda _: not condition(), itertools.count()):
+            await asyncio.sleep(0)
 
 
 async def wait(playout: Playout) -> Played:

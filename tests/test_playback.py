@@ -8,7 +8,7 @@ import pytest
 
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec
-from streamsink.errors import CodecError, StreamClosed
+from streamsink.errors import CodecError, PlayoutFull, StreamClosed
 from streamsink.pacer import Pacer
 from streamsink.playback import LEAD, Playback
 from streamsink.playout import Outcome, Played
@@ -359,6 +359,204 @@ async def test_asking_late_how_a_playout_was_heard_takes_nothing_off() -> None:
     far_end.playback.advance(far_end.now)
     assert playout.played_ms == 20
     assert await playout == Played(Outcome.FINISHED, 20)
+
+
+def test_each_frame_is_told_as_it_leaves() -> None:
+    far_end = FarEnd()
+    told: list[tuple[float, int]] = []
+    far_end.playback.on_sent = lambda samples, at: told.append((round(at, 3), int(samples[0])))
+    far_end.playback.play(ramp(480), 8000)
+    assert told == [(100.0, 1), (100.02, 161), (100.04, 321)]
+    far_end.playback.lag = 0.2
+    far_end.playback.play(ramp(160), 8000)
+    assert told[3:] == [(100.26, 1)]
+
+
+# --- Loudness ---
+
+
+def steps(samples: Samples) -> int:
+    return int(np.abs(np.diff(samples.astype(int))).max())
+
+
+@pytest.mark.parametrize("codec", ["L16@8000h@10i", "L16@8000h", "L16@16000h@40i", "L16@48000h@60i"])
+def test_ducking_slides_down_and_up_again_without_a_click(codec: str) -> None:
+    far_end = FarEnd(codec)
+    rate = far_end.spec.rate
+    far_end.playback.play(np.full(rate, 8000, np.int16), rate)
+    far_end.playback.duck(12)
+    far_end.run(0.4)
+    far_end.playback.duck(0)
+    far_end.run(1)
+    heard = far_end.audio[:rate]
+    quiet = round(8000 * 10 ** (-12 / 20))
+    # What has left before is heard as it was: the lead.
+    assert set(heard[: round(0.06 * rate)].tolist()) == {8000}
+    assert set(heard[round(0.15 * rate) : round(0.4 * rate)].tolist()) == {quiet}
+    assert set(heard[round(0.56 * rate) :].tolist()) == {8000}
+    assert steps(heard) <= (8000 - quiet) / (0.02 * rate) + 1
+    assert far_end.playback._gain is None
+
+
+def test_ducking_may_turn_round_on_its_way() -> None:
+    far_end = FarEnd("L16@8000h@10i")
+    far_end.playback.duck(0)
+    far_end.playback.play(np.full(4000, 8000, np.int16), 8000)
+    far_end.playback.duck(12)
+    far_end.playback.duck(12)
+    far_end.run(0.011)
+    far_end.playback.duck(0)
+    far_end.run(1)
+    assert steps(far_end.audio[:4000]) <= 6000 / 160 + 1
+    assert far_end.audio[:4000].min() == pytest.approx(8000 * (1 + 10 ** (-12 / 20)) / 2, abs=40)
+
+
+def test_a_relayed_frame_is_ducked_too_and_a_clear_ends_it() -> None:
+    far_end = FarEnd()
+    far_end.playback.duck(6)
+    for _ in range(3):
+        far_end.playback.play(np.full(160, 8000, np.int16), 8000)
+        far_end.now += 0.02
+    assert far_end.audio[-1] == round(8000 * 10 ** (-6 / 20))
+    far_end.playback.clear()
+    far_end.playback.play(np.full(160, 8000, np.int16), 8000)
+    assert far_end.audio[-160:].tolist() == [8000] * 160
+
+
+def test_what_is_heard_is_what_was_sent() -> None:
+    far_end = FarEnd()
+    heard: list[int] = []
+    far_end.playback.on_played = lambda samples, at: heard.extend(samples.tolist())
+    far_end.playback.duck(12)
+    far_end.playback.play(np.full(1600, 8000, np.int16), 8000)
+    far_end.run(1)
+    assert heard == far_end.audio.tolist()
+
+
+# --- Marks ---
+
+
+def test_a_mark_that_never_comes_back_is_given_up() -> None:
+    far_end = FarEnd()
+    lost: list[tuple[str, float]] = []
+    far_end.playback.on_unconfirmed = lambda name: lost.append((name, round(far_end.now - 100, 3)))
+    far_end.playback.mark("a")
+    far_end.playback.play(ramp(1600), 8000)
+    far_end.playback.mark("b")
+    far_end.playback.mark("c")
+    far_end.run(1)
+    assert far_end.playback.mark_echoed("b", far_end.now)
+    far_end.playback.lag = 0.0
+    far_end.run(10)
+    assert lost == [("a", 5.0), ("c", 5.2)]
+    assert not far_end.playback.mark_echoed("a", far_end.now)
+    assert far_end.playback.close() == []
+
+
+def test_nobody_need_listen_for_lost_marks() -> None:
+    far_end = FarEnd()
+    far_end.playback.mark("a")
+    far_end.run(6)
+    assert far_end.playback.due is None
+
+
+def test_a_mark_is_waited_for_while_the_socket_takes_no_more() -> None:
+    far_end = FarEnd()
+    lost: list[str] = []
+    far_end.playback.on_unconfirmed = lost.append
+    far_end.playback.mark("a")
+    far_end.playback.set_writable(False)
+    far_end.run(20)
+    far_end.playback.set_writable(True)
+    far_end.run(4)
+    assert lost == []
+    far_end.run(1)
+    assert lost == ["a"]
+
+
+def test_a_cleared_mark_whose_echo_never_came_does_not_swallow_another() -> None:
+    far_end = FarEnd()
+    far_end.playback.mark("m")
+    far_end.playback.clear()
+    far_end.run(6)
+    far_end.playback.mark("m")
+    assert far_end.playback.mark_echoed("m", far_end.now)
+
+
+def test_an_echo_of_one_cleared_mark_is_none_of_another() -> None:
+    far_end = FarEnd()
+    for name in ("a", "b"):
+        far_end.playback.mark(name)
+    far_end.playback.clear()
+    far_end.playback.mark("a")
+    assert not far_end.playback.mark_echoed("b", far_end.now)
+    assert not far_end.playback.mark_echoed("b", far_end.now)
+    assert not far_end.playback.mark_echoed("a", far_end.now)
+    assert far_end.playback.mark_echoed("a", far_end.now)
+
+
+def test_a_mark_on_a_silent_stream_says_nothing_of_the_far_ends_lag() -> None:
+    far_end = FarEnd()
+    far_end.playback.mark("m")
+    assert far_end.playback.mark_echoed("m", far_end.now + 0.04)
+    assert far_end.playback.lag == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("behind", [0, 8000])
+def test_a_million_marks_are_refused(behind: int) -> None:
+    far_end = FarEnd()
+    far_end.playback.play(ramp(behind), 8000)
+    taken = 0
+    with pytest.raises(PlayoutFull, match="10,000 marks of this stream have not come back"):
+        for taken in range(1_000_000):
+            far_end.playback.mark(str(taken))
+    assert taken == 10_000
+    # Each that is settled makes room for one.
+    far_end.run(1)
+    assert far_end.playback.mark_echoed("5", far_end.now)
+    far_end.playback.mark("one more")
+    with pytest.raises(PlayoutFull):
+        far_end.playback.mark("and another")
+    far_end.playback.clear()
+    far_end.playback.mark("after all")
+
+
+# --- Stalls ---
+
+
+def test_a_stalled_loop_catches_up_once() -> None:
+    far_end = FarEnd()
+    audio = ramp(8000)
+    far_end.playback.play(audio, 8000)
+    far_end.run(0.1)
+    sent = far_end.frames
+    far_end.now += 0.5
+    far_end.playback.advance(far_end.now)
+    # The lead is there again, and no more than that.
+    assert far_end.frames == sent + 5
+    assert far_end.playback.underruns == 1
+    far_end.playback.advance(far_end.now)
+    assert far_end.frames == sent + 5
+    far_end.run(2)
+    assert far_end.audio.tolist() == audio.tolist()
+    assert far_end.playback.underruns == 1
+
+
+def test_a_late_tick_within_the_lead_is_no_underrun() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(ramp(8000), 8000)
+    for _ in range(10):
+        far_end.now += 0.075
+        far_end.playback.advance(far_end.now)
+    assert far_end.playback.underruns == 0
+
+
+@pytest.mark.parametrize(("lead", "frames"), [(0.04, 2), (0.06, 3), (0.2, 10), (0.01, 2)])
+def test_the_lead_is_what_the_settings_say_and_two_frames_at_least(lead: float, frames: int) -> None:
+    far_end = FarEnd(lead=lead)
+    far_end.playback.play(ramp(8000), 8000)
+    assert far_end.frames == frames
+    assert far_end.playback.ahead(far_end.now) == pytest.approx(frames * 0.02)
 
 
 # --- A live source ---
