@@ -32,7 +32,7 @@ from streamsink.speech.transcription import Capabilities, Engine, Event, Recogni
 
 PRE_ROLL = 0.3
 """Seconds of audio before the start of speech that the engine hears too."""
-REMEMBERED = 2.0
+REMEMBERED = 4.0
 """Seconds of audio kept for a start of speech that is told late."""
 LONGEST = 30.0
 """Seconds of an utterance that voice activity detection cuts out; who talks on begins another."""
@@ -104,8 +104,8 @@ class Transcriber:
                 self._end(event.at)
         elif self._current is None and self._recent:
             rate = self._recent[-1].sample_rate
-            since = max(self._heard_to, event.at - PRE_ROLL)
-            heard = [frame for frame in self._recent if frame.start / rate >= since]
+            since = round(max(self._heard_to, event.at - PRE_ROLL) * rate)
+            heard = [frame for frame in self._recent if frame.start + len(frame.samples) > since]
             hearing = self._begin(heard[0].start if heard else round(self.position * rate), rate, spoken=event.at)
             for frame in heard:
                 hearing.push(frame)

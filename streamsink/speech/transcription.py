@@ -212,6 +212,8 @@ class Recognition(abc.ABC):
         self.audio = Feed(voice.octets_per_second, self.most_waiting)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._running = asyncio.ensure_future(self._run())
+        # Also when it is cancelled before it began.
+        self._running.add_done_callback(lambda _: self._events.put_nowait(None))
 
     @abc.abstractmethod
     async def run(self) -> None:
@@ -251,8 +253,6 @@ class Recognition(abc.ABC):
             # Not its words: an engine's own errors may quote what was said.
             log.error("a transcription engine raised", error=type(error).__name__)
             self.emit(EngineError(f"the engine raised {type(error).__name__}", recoverable=False))
-        finally:
-            self._events.put_nowait(None)
 
 
 def find_engine(name: str, options: EngineOptions) -> Engine:

@@ -48,6 +48,7 @@ class TranscriptionCounts(Collector):
         dropped: What load or failure cost: ``interim`` transcripts, and every transcript of an ``utterance``.
         retried: Utterances tried a second time since their worker died.
         deaths: Workers that died.
+        work: Seconds of audio that were transcribed, and of work that took.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class TranscriptionCounts(Collector):
         self.dropped: Counter[str] = Counter(interim=0, utterance=0)
         self.retried = 0
         self.deaths = 0
+        self.work = (0.0, 0.0)
         self._factor = Histogram(_FACTORS)
         self._queue = Histogram(_SECONDS)
         self._latency = Histogram(_SECONDS)
@@ -62,6 +64,7 @@ class TranscriptionCounts(Collector):
     def worked(self, audio: float, busy: float) -> None:
         """Note that an utterance of ``audio`` seconds took ``busy`` seconds of work."""
         if audio > 0:
+            self.work = (self.work[0] + audio, self.work[1] + busy)
             self._factor.observe(busy / audio)
 
     def queued(self, seconds: float) -> None:

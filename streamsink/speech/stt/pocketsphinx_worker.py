@@ -73,7 +73,7 @@ class Decoders(Worker):
             "text": self._text(decoder),
             "words": self._words(decoder),
             "confidence": self._confidence(decoder),
-            "mean": decoder.get_cmn(),
+            "mean": decoder.get_cmn(True),
         }
 
     def _make(self) -> Any:

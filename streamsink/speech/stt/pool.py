@@ -317,14 +317,15 @@ class Pool:
     async def close(self) -> None:
         """End all workers."""
         self._closed = True
+        # Those that read end with their worker; one that is being started ends at once.
+        await asyncio.gather(*(worker.close() for worker in self._workers))
         for task in self._tasks.copy():
             task.cancel()
-        await asyncio.gather(*(worker.close() for worker in self._workers))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _freest(self) -> _Decoder | None:
         """Take a decoder of the worker that has the fewest talkers."""
-        workers = [worker for worker in self._workers if worker.free]
+        workers = [worker for worker in self._workers if worker.free and worker.alive]
         if not workers:
             return None
         worker = max(workers, key=lambda worker: len(worker.free))
@@ -351,6 +352,7 @@ class Pool:
             await worker.start()
         except BaseException:
             worker.kill()
+            await worker.close()
             raise
         self._workers.append(worker)
         self._task(self._attend(worker))
@@ -360,6 +362,7 @@ class Pool:
         """Read a worker's answers until it dies, then replace it."""
         cause = await worker.read()
         self._workers.remove(worker)
+        await worker.close()
         if not self._closed:
             counts.deaths += 1
             log.warning("a transcription worker died", cause=cause)
@@ -440,6 +443,7 @@ class _Worker:
             async with asyncio.timeout(self._engine.stuck):
                 answer: Answer = await asked
         except TimeoutError:
+            self.alive = False
             self._child.kill()
             raise ChildDied(f"a worker took more than {self._engine.stuck:g} s for an answer and was ended") from None
         if "error" in answer:
