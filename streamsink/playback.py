@@ -178,13 +178,26 @@ class Playback:
             and samples.shape == self._frame_shape
             and samples.dtype == INT16
             and rate == self._rate
-            and self._takes_a_frame(now)
+            and self._far_end - now <= self._room
+            and self._writable
+            and not self._queue
+            and not len(self._partial)
+            and self._resampler is None
+            and self._live is None
             and barge_in is None
             and not text
         ):
             # What a relay does for every frame: nothing to cut, to join or to wait for.
-            return self._play_frame(samples, now)  # type: ignore[arg-type]
-        playout: Playout
+            playout = Playout(self, samples, rate)
+            playout.offset = playout.sent = len(samples)
+            frame: Samples = np.ascontiguousarray(samples)
+            self._send_frame(frame if self._gain is None else self._ducked(frame), now)
+            playout.end = self._far_end
+            self._finishing.append(playout)
+            self._settle_heard(now)
+            if self.on_played is not None:
+                self.wake()
+            return playout
         if isinstance(samples, AsyncIterable):
             playout = RichPlayout(self, samples, 0 if rate is None else check_rate(rate), barge_in, text)
         else:
@@ -197,18 +210,6 @@ class Playback:
         self._feeds += playout.feed is not None
         self._queue.append(playout)
         self.fed(playout.waiting)
-        return playout
-
-    def _play_frame(self, samples: Samples, now: float) -> Playout:
-        playout = Playout(self, samples, self._rate)
-        playout.offset = playout.sent = len(samples)
-        frame = np.ascontiguousarray(samples)
-        self._send_frame(frame if self._gain is None else self._ducked(frame), now)
-        playout.end = self._far_end
-        self._finishing.append(playout)
-        self._settle_heard(now)
-        if self.on_played is not None:
-            self.wake()
         return playout
 
     def play_live(self, source: Callable[[int], Samples] | None) -> None:
@@ -473,17 +474,6 @@ class Playback:
             self._live = self._live_gain = None
             return None
         return np.ascontiguousarray(samples)
-
-    def _takes_a_frame(self, now: float) -> bool:
-        """Whether a whole frame may leave at once, with nothing before it or beside it."""
-        return (
-            self._writable
-            and self._far_end - now <= self._room
-            and not self._queue
-            and not len(self._partial)
-            and self._resampler is None
-            and self._live is None
-        )
 
     @property
     def _starved(self) -> bool:

@@ -213,9 +213,10 @@ class Session:
         self._bad_times: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._bad = 0
         self._unknown_events: set[str] = set()
-        # The inbound media clock against ours, when to look at it again, and where on it what the far end heard ends.
+        # The first track's media clock against ours, when to look at it again, and where on it what was heard ends.
         self._slope = Slope()
         self._slope_at = math.inf
+        self._slope_track: Track | None = None
         self._played_position = 0
         self._finishing: asyncio.Task[None] | None = None
         endpoint.sessions.add(self)
@@ -428,6 +429,7 @@ class Session:
         assert self.stream is not None
         if self.stream.talk_back:
             self._slope_at = now
+            self._slope_track = clock.track
         ptime, rest = divmod(len(samples) * 1000, self._codec.rate)
         if not rest and ptime in PTIMES and ptime != self._codec.ptime:
             self._codec = self._codec.with_ptime(ptime)
@@ -438,7 +440,7 @@ class Session:
         """Outgoing audio keeps the pace of the audio that comes in: the far end's clock is not ours."""
         assert self._codec is not None
         assert self._playback is not None
-        if clock is not next(iter(self._tracks.values())):
+        if clock.track is not self._slope_track:
             return
         self._slope_at = now + SAMPLE_EVERY
         if self._slope.observe(now, clock.position / self._codec.rate):

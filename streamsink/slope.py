@@ -6,7 +6,7 @@ the last 30 s of those is its slope. Clocks of machines are a few dozen ppm apar
 
 from __future__ import annotations
 
-SAMPLE_EVERY = 0.25
+SAMPLE_EVERY = 0.5
 """Seconds between frames that are looked at."""
 POINT = 3.0
 """Seconds of which the least delayed frame makes a point of the line."""
@@ -68,9 +68,15 @@ class Slope:
         if len(points) < POINTS_NEEDED:
             self.delay = min(each for _, each in points)
             return
-        mean_at = sum(each for each, _ in points) / len(points)
-        mean_delay = sum(each for _, each in points) / len(points)
-        spread = sum((each - mean_at) ** 2 for each, _ in points)
-        grows = sum((each - mean_at) * (late - mean_delay) for each, late in points) / spread
+        # Least squares, counted from the newest point.
+        x = y = xx = xy = 0.0
+        for then, late in points:
+            dx, dy = then - at, late - delay
+            x += dx
+            y += dy
+            xx += dx * dx
+            xy += dx * dy
+        count = len(points)
+        grows = (count * xy - x * y) / (count * xx - x * x)
         self.value = 1 - min(LIMIT, max(-LIMIT, grows))
-        self.delay = mean_delay + grows * (at - mean_at)
+        self.delay = delay + (y - grows * x) / count
