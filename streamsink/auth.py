@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streamsink.config import Token
+from streamsink.config import Settings, Token
 from streamsink.errors import ConfigError
 from streamsink.state import create_private, read_private
 
 STREAM_TOKEN_FILE = "token"
 ADMIN_TOKEN_FILE = "admin-token"
 STATUS_SECRET_FILE = "status-secret"
+WEBHOOK_SECRET_FILE = "webhook-secret"
 
 REFUSAL_BODY = b"Unauthorized\n"
 """The body of every 401: it tells a stranger nothing about what was wrong."""
@@ -132,6 +133,17 @@ def make_or_load_token(state_dir: Path, filename: str) -> tuple[str, Path, bool]
             "delete the file to have a new one made"
         )
     return content.decode("ascii"), path, False
+
+
+def webhook_secret(settings: Settings) -> str:
+    """Tell what signs our webhooks, making it the first time where none is given.
+
+    Raises:
+        ConfigError: The kept one cannot be read or written.
+    """
+    if settings.webhook_secret is not None:
+        return settings.webhook_secret.get_secret_value()
+    return make_or_load_token(settings.state, WEBHOOK_SECRET_FILE)[0]
 
 
 def _describe_scheme(scheme: bytes) -> str:

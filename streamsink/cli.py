@@ -75,6 +75,9 @@ def serve(
         list[str] | None, typer.Option("--processor", "-p", metavar="SPEC", help="Repeatable. [record]")
     ] = None,
     recordings: Annotated[Path | None, typer.Option(help="Folder of the recordings. [./recordings]")] = None,
+    min_free: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Room on its disk below which nothing new is recorded. [200M]")
+    ] = None,
     public_url: Annotated[str | None, typer.Option(help="The URL that peers use, behind a tunnel or proxy.")] = None,
     max_streams: Annotated[int | None, typer.Option(help="Streams at once. [no limit]")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that serve streams. [1]")] = None,
@@ -102,6 +105,7 @@ def serve(
         admin_token=admin_token,
         processors=processor,
         recordings=recordings,
+        min_free=min_free,
         public_url=public_url,
         max_streams=max_streams,
         workers=workers,

@@ -33,7 +33,7 @@ DEFAULT_FILE = Path("streamsink.toml")
 # Read by the tests, not by the endpoint: a developer has it in the shell while the endpoint starts.
 _FOREIGN_VARIABLES = frozenset({"STREAMSINK_TESTDATA"})
 _FILE_ONLY = frozenset({"pipelines", "speech"})
-_SECRET = frozenset({"tokens", "admin_token"})
+_SECRET = frozenset({"tokens", "admin_token", "webhook_secret"})
 _FLAGS = {"tokens": "--token", "processors": "--processor"}
 _SHOWN = 80
 
@@ -42,6 +42,8 @@ _TOKEN = re.compile(r"[!-~]+")
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # One segment of a URL's path that needs no escape.
 _PIPELINE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.~-]*")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Token(BaseModel):
@@ -149,6 +151,8 @@ class Settings(BaseSettings):
         admin_token: Token of metrics and API; None: one is made and kept in `state`.
         processors: SPECs of the ``default`` pipeline.
         recordings: Folder of the recordings.
+        min_free: Bytes that must be free there for a new recording; 0: none.
+        webhook_secret: Signs our webhooks; None: one is made and kept in `state`.
         public_url: The URL peers use, where it is not this machine's own.
         workers: Processes that serve streams.
         bus: URL of what carries rooms between processes and machines; None: rooms are this process's own.
@@ -190,6 +194,10 @@ class Settings(BaseSettings):
         description="at least one SPEC (NAME or NAME:key=value,…); in the environment separated by semicolons",
     )
     recordings: Path = Field(default=Path("recordings"), description=_PATH)
+    min_free: int = Field(
+        default=200_000_000, ge=0, description="a size such as 200M, 1.5G or 512Mi, or 0 for no such check"
+    )
+    webhook_secret: SecretStr | None = Field(default=None, description="at least 16 characters of visible ASCII")
     public_url: str | None = Field(default=None, description="a URL such as wss://streams.example.com/")
     workers: int = Field(default=1, ge=1, le=256, description="a whole number from 1 to 256")
     bus: str | None = Field(default=None, description="nats://HOST:PORT")
@@ -249,6 +257,18 @@ class Settings(BaseSettings):
         if value is not None and not _TOKEN.fullmatch(value.get_secret_value()):
             raise ValueError("the token (not shown) is empty or has characters other than visible ASCII")
         return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _long_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]{16,}", value.get_secret_value()):
+            raise ValueError("the secret (not shown) is too short or has characters other than visible ASCII")
+        return value
+
+    @field_validator("min_free", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> object:
+        return _parse_size(value) if isinstance(value, str) else value
 
     @field_validator("processors", mode="before")
     @classmethod
@@ -403,6 +423,13 @@ def _token(item: object, position: int) -> Token:
     if not _TOKEN.fullmatch(secret):
         raise ValueError(f"token {position} (not shown) is empty or has characters other than visible ASCII")
     return Token(name=name, value=SecretStr(secret))
+
+
+def _parse_size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"got {_show(text)}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()])
 
 
 def _check_public_url(url: str) -> None:

@@ -32,9 +32,11 @@ from streamsink.auth import (
     STREAM_TOKEN_FILE,
     TokenBook,
     make_or_load_token,
+    webhook_secret,
 )
 from streamsink.config import Settings, Token
 from streamsink.connection import Connection
+from streamsink.disk import Room
 from streamsink.errors import ConfigError, SpeechError
 from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
@@ -53,6 +55,9 @@ HOUSEKEEPING = 1.0
 """Seconds between looks at the certificate's files and at silent streams."""
 STOP_SECONDS = 22.0
 """Seconds for processors to finish once their streams are closed: on_start may take ten, on_stop ten more."""
+
+DELIVERY_SECONDS = 10.0
+"""Seconds for a first try of what is still to be uploaded or told; what does not make it is for the next start."""
 
 
 class Access(NamedTuple):
@@ -89,6 +94,8 @@ def access(settings: Settings) -> Access:
     else:
         admin = TokenBook([Token(name="admin", value=admin_token)])
     secret, _, _ = make_or_load_token(settings.state, STATUS_SECRET_FILE)
+    # Made now, since whoever is to check our webhooks needs it before the first one.
+    webhook_secret(settings)
     return Access(tokens, made_token, token_file, admin, admin_file, secret)
 
 
@@ -114,6 +121,7 @@ class Server:
     ) -> None:
         self.settings = settings if settings is not None else Settings()
         self.access = access(self.settings)
+        Room(self.settings.min_free).check(self.settings.recordings)
         self.metrics = Metrics()
         self.metrics.register(counts)
         self.pipelines: dict[str, list[Plugin]] = {
@@ -221,6 +229,9 @@ class Server:
             await self._start_to_speak(endpoint)
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(_on_loop_exception)
+        self.metrics.register(endpoint.room)
+        self.metrics.register(endpoint.delivery)
+        endpoint.delivery.start()
         self.metrics.watch(endpoint.sessions)
         if self.siblings is not None:
             self.siblings.on("metrics", lambda sender, body: self.metrics.render()[0])
@@ -324,6 +335,7 @@ class Server:
             self._watchdog.stop()
         await asyncio.to_thread(self.endpoint.detectors.close)
         await self.endpoint.synthesizer.close()
+        await asyncio.to_thread(self.endpoint.delivery.close, DELIVERY_SECONDS)
         asyncio.get_running_loop().set_exception_handler(self._handler_before)
         log.info("stopped")
 

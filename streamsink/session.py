@@ -9,6 +9,7 @@ A session does no I/O and reads no clock of its own: its connection tells it the
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import uuid
 from collections import deque
@@ -21,8 +22,11 @@ import structlog
 
 from streamsink import wire
 from streamsink.audio import Frame, Samples, Track
+from streamsink.auth import webhook_secret
 from streamsink.codec import PTIMES, CodecSpec
 from streamsink.config import Settings
+from streamsink.delivery import Delivery
+from streamsink.disk import Room
 from streamsink.errors import BadMessage, CodecError, ProcessorError, ProtocolError
 from streamsink.metrics import Metrics
 from streamsink.pacer import Pacer
@@ -95,6 +99,8 @@ class Endpoint:
         self.pacer = Pacer(loop, metrics.observe_lateness, metrics.observe_lead)
         self.detectors = Detectors(settings.vad_streams)
         self.synthesizer = build(settings.speech)
+        self.room = Room(settings.min_free)
+        self.delivery = Delivery(settings.recordings, functools.partial(webhook_secret, settings))
         self.draining = False
         # Every session whose processors have not all ended, and the streaming ones by their streamSid.
         self.sessions: set[Session] = set()
@@ -295,6 +301,8 @@ class Session:
             path=self.path,
             started_at=datetime.now(UTC),
             recordings=settings.recordings,
+            room=self.endpoint.room,
+            delivery=self.endpoint.delivery,
             processors=chain.names,
             playback=self._playback,
             talk_back=settings.pipelines[pipeline].talk_back,

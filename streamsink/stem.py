@@ -16,6 +16,9 @@ LONGEST_NAME = 80
 AUDIO_ENDINGS = ("wav", "flac", "ogg", "opus", "mp3")
 """Endings a recording may have; ``.part`` comes behind them while it is live."""
 
+MADE_ENDINGS = (*AUDIO_ENDINGS, "transcript.jsonl", "vtt", "srt")
+"""Endings of all that is made about a stream, but for the sidecar's own ``json``."""
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 

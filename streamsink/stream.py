@@ -20,6 +20,8 @@ from streamsink.stem import reserve
 from streamsink.wire import DIGITS
 
 if TYPE_CHECKING:
+    from streamsink.delivery import Delivery
+    from streamsink.disk import Room
     from streamsink.speech.events import Transcript
 
 
@@ -55,6 +57,8 @@ class Stream:
         processors: Names of the processors on this stream.
         talk_back: Whether its processors may speak.
         recordings: The folder files about this stream go to.
+        room: Asked before a new file is made there.
+        delivery: Takes files and webhooks off the machine.
         close_code: WebSocket close code, once the stream has ended; 1006 when the connection was lost without one.
         close_reason: The words that came with it.
     """
@@ -72,6 +76,8 @@ class Stream:
         path: str,
         started_at: datetime,
         recordings: Path,
+        room: Room,
+        delivery: Delivery,
         processors: list[str],
         playback: Playback,
         talk_back: bool,
@@ -89,6 +95,8 @@ class Stream:
         self.path = path
         self.started_at = started_at
         self.recordings = recordings
+        self.room = room
+        self.delivery = delivery
         self.processors = processors
         self.close_code: int | None = None
         self.close_reason = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import logging
 import sys
@@ -19,6 +20,7 @@ from streamsink.config import Pipeline, Settings
 from streamsink.loop import new_event_loop
 from streamsink.server import Server
 from tests.peer import ADMIN_TOKEN, LISTENER, TOKEN, Running
+from tests.stores import BUCKET, S3
 
 _LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
 
@@ -82,3 +84,26 @@ async def serve(tmp_path: Path, read_log: Callable[[], str]) -> AsyncIterator[Se
 
         yield start
     assert "Traceback" not in read_log()
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """A real S3-compatible server with one bucket."""
+    moto = pytest.importorskip("moto.server", reason="needs moto's server")
+    pytest.importorskip("s3fs", reason="needs the extra s3")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("PUT", f"/{BUCKET}")
+    assert connection.getresponse().status == 200
+    connection.close()
+    yield port
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """That server, as an endpoint's environment names it."""
+    return S3(s3_port, monkeypatch)

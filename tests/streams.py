@@ -13,11 +13,15 @@ import numpy as np
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec
 from streamsink.config import SpeechSettings
+from streamsink.delivery import Delivery
+from streamsink.disk import Room
 from streamsink.playback import Playback
 from streamsink.speech.events import Transcript
 from streamsink.speech.synthesis import Synthesizer, build
 from streamsink.stream import Stream
 from streamsink.wire import Writer
+
+SECRET = "what-signs-our-webhooks"
 
 STARTED_AT = datetime(2026, 11, 20, 20, 42, 18, 250_000, tzinfo=UTC)
 
@@ -59,6 +63,8 @@ def make_stream(
     processors: tuple[str, ...] = ("record",),
     line: Line | None = None,
     synthesizer: Synthesizer | None = None,
+    room: Room | None = None,
+    delivery: Delivery | None = None,
 ) -> Stream:
     line = line or Line()
     spec = CodecSpec.parse(codec)
@@ -73,6 +79,8 @@ def make_stream(
         path="/",
         started_at=STARTED_AT,
         recordings=recordings,
+        room=room or Room(0),
+        delivery=delivery or Delivery(recordings, lambda: SECRET),
         processors=list(processors),
         playback=Playback(spec, Writer(sid), line.send, line.wake, time.monotonic),
         talk_back=True,

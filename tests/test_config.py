@@ -43,6 +43,8 @@ def test_defaults() -> None:
         "admin_token": None,
         "processors": ["record"],
         "recordings": Path("recordings"),
+        "min_free": 200_000_000,
+        "webhook_secret": None,
         "public_url": None,
         "max_streams": None,
         "workers": 1,
@@ -82,6 +84,8 @@ def test_every_scalar_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
         "KEY": "/etc/key.pem",
         "TOKENS": "alice:one, two",
         "ADMIN_TOKEN": "three",
+        "WEBHOOK_SECRET": "four-is-a-long-one",
+        "MIN_FREE": "1.5Gi",
         "PROCESSORS": "record:a=1,b=2; echo",
         "PUBLIC_URL": "wss://streams.example.com/agent",
         "LOG_LEVEL": "DEBUG",
@@ -95,6 +99,8 @@ def test_every_scalar_can_come_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert (settings.cert, settings.key) == (Path("/home/anna/cert.pem"), Path("/etc/key.pem"))
     assert settings.tokens == [token("alice", "one"), token("token-2", "two")]
     assert settings.admin_token == SecretStr("three")
+    assert settings.webhook_secret == SecretStr("four-is-a-long-one")
+    assert settings.min_free == 3 * 2**29
     assert settings.processors == ["record:a=1,b=2", "echo"]
     assert settings.pipelines == {"default": Pipeline(processors=["record:a=1,b=2", "echo"])}
     assert settings.public_url == "wss://streams.example.com/agent"
@@ -206,6 +212,27 @@ def test_a_bad_admin_token_is_not_shown(value: object) -> None:
     assert message.startswith("--admin-token: ")
     assert "unter" not in message
     assert message.endswith("; allowed is a token in visible ASCII")
+
+
+@pytest.mark.parametrize("value", ["hunter2hunter2", "hünter2hünter2hünter2", 5])
+def test_a_bad_webhook_secret_is_not_shown(value: object) -> None:
+    message = refused(webhook_secret=value)
+    assert message.startswith("--webhook-secret: ")
+    assert "unter" not in message
+    assert message.endswith("; allowed is at least 16 characters of visible ASCII")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("200M", 200_000_000), ("1.5 GB", 1_500_000_000), ("512Mi", 2**29), ("7kib", 7168)]
+)
+def test_sizes_have_suffixes(text: str, size: int) -> None:
+    assert load(min_free=text).min_free == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "200MM", "-1", "1i", "1e6"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    wanted = "allowed is a size such as 200M, 1.5G or 512Mi, or 0 for no such check"
+    assert refused(min_free=text) == f"--min-free: got {text!r}; {wanted}"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "streamsink"
 # From what stands on nothing up to the command line; a module imports from lower layers only. A package is one entry.
 LAYERS = (
     ("_codecs", "capture", "errors", "log", "loop", "metrics", "siblings", "stem", "watchdog"),
-    ("bus", "config", "state", "status"),
+    ("bus", "config", "delivery", "disk", "state", "status"),
     ("audio", "auth", "tls"),
     ("child", "codec", "gain", "playout", "sound", "wire"),
     ("speech",),
@@ -31,7 +31,19 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 # What whoever writes a processor may build on; `stem` is where Stream.stem's names come from.
-FOR_PLUGINS = {"audio", "codec", "errors", "playout", "processor", "speech", "status", "stem", "stream"}
+FOR_PLUGINS = {
+    "audio",
+    "codec",
+    "delivery",
+    "disk",
+    "errors",
+    "playout",
+    "processor",
+    "speech",
+    "status",
+    "stem",
+    "stream",
+}
 
 
 def modules() -> dict[str, Path]:

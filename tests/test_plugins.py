@@ -335,9 +335,11 @@ REFUSED = {
     "/no/such/file.py:Mine": "/no/such/file.py: No such file or directory",
     "/no/such/file.py": "`/no/such/file.py` names a file but no processor in it; wanted /no/such/file.py:Name",
     "/dev/null:Mine": "/dev/null: not a Python file; its name must end in .py",
-    "record:rate=8000": "processor `record` has no option `rate`; its options are sample_rate, directory",
+    "record:rate=8000": "processor `record` has no option `rate`; its options are "
+    "sample_rate, directory, upload, keep_local, on_complete",
     "record:sample_rte=8000": "processor `record` has no option `sample_rte` (did you mean `sample_rate`?); "
-    "its options are sample_rate, directory",
+    "its options are "
+    "sample_rate, directory, upload, keep_local, on_complete",
     "echo:gain=2": "processor `echo` has no option `gain`; it has no options",
     "record:sample_rate=fast": "processor `record`: option `sample_rate` is 'fast'; wanted int | None: "
     "Input should be a valid integer, unable to parse string as an integer",
@@ -345,7 +347,8 @@ REFUSED = {
     "record:sample_rate=7999": "processor `record`: sample_rate is 7999; wanted None, or 8000 to 192000 Hz as an int",
     "record:sample_rate=192001": "processor `record`: sample_rate is 192001; "
     "wanted None, or 8000 to 192000 Hz as an int",
-    "record:directory=a,b=c": "processor `record` has no option `b`; its options are sample_rate, directory",
+    "record:directory=a,b=c": "processor `record` has no option `b`; its options are "
+    "sample_rate, directory, upload, keep_local, on_complete",
     "{file}:Needs": "processor `Needs` needs `key=…`, `size=…`",
     "{file}:Needs:size=1": "processor `Needs` needs `key=…`",
     "{file}:Odd:thing=1": "processor `Odd`: option `thing` is a streamsink.processor.Processor | None, "
@@ -495,7 +498,13 @@ def test_the_catalogue_tells_options_types_and_defaults() -> None:
         "record",
         "built-in",
         "Records the stream as WAV, with a JSON sidecar.",
-        (Option("sample_rate", "int | None", "None"), Option("directory", "Path | None", "None")),
+        (
+            Option("sample_rate", "int | None", "None"),
+            Option("directory", "Path | None", "None"),
+            Option("upload", "str | None", "None"),
+            Option("keep_local", "bool", "True"),
+            Option("on_complete", "str | None", "None"),
+        ),
     )
 
 

@@ -29,6 +29,8 @@ import numpy as np
 import structlog
 
 from streamsink.audio import Frame, Samples, Track
+from streamsink.delivery import Expected, check_url, parse_target
+from streamsink.disk import Room
 from streamsink.processor import Processor
 from streamsink.processors.wav import WavPart
 from streamsink.stem import reserve
@@ -85,13 +87,33 @@ class Record(Processor):
     Args:
         sample_rate: Hz; the stream's own when not given.
         directory: Where the files go; the endpoint's recordings folder when not given.
+        upload: Where finished files are copied to: ``s3://bucket/prefix``, ``gs://bucket/prefix`` or ``file:///folder``.
+        keep_local: Whether they also stay here, once what was uploaded has been read back and is the same.
+        on_complete: The ``https://`` URL that is told of each recording, once it is there and uploaded.
+
+    Raises:
+        ConfigError: Nothing can be uploaded to, or told to, such a URL.
     """
 
     speaks = False
 
-    def __init__(self, sample_rate: int | None = None, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        sample_rate: int | None = None,
+        directory: Path | None = None,
+        upload: str | None = None,
+        keep_local: bool = True,
+        on_complete: str | None = None,
+    ) -> None:
         self.sample_rate = sample_rate
         self._directory = directory
+        if upload is not None:
+            parse_target(upload)
+        if on_complete is not None:
+            check_url(on_complete)
+        self._upload = upload
+        self._keep_local = keep_local
+        self._on_complete = on_complete
         # What the writer has not taken yet. Both ends of a deque are safe for a thread each.
         self._pending: deque[Frame] = deque()
         self._stray: set[Track] = set()
@@ -124,6 +146,14 @@ class Record(Processor):
             complete=False,
         )
         self._recording = _Recording(sidecar, directory, self._tracks, self._pending, self._log)
+        self._recording.room = stream.room
+        if self._upload is not None or self._on_complete is not None:
+            self._recording.expect = functools.partial(
+                stream.delivery.expect,
+                upload=self._upload,
+                keep_local=self._keep_local,
+                on_complete=self._on_complete,
+            )
         try:
             await _writer.run(lambda: self._recording.open(None if self._directory else stream.stem))
         except asyncio.CancelledError:
@@ -172,6 +202,8 @@ class _Recording:
         sidecar: What is known of the stream so far.
         path: The finished audio file.
         error: Why nothing more is written; the event loop looks at it too.
+        room: Asked before the files are made.
+        expect: Told of the folder and the stem, where the recording is to be delivered.
     """
 
     def __init__(
@@ -185,6 +217,9 @@ class _Recording:
         self.sidecar = sidecar
         self.path = directory
         self.error: Exception | None = None
+        self.room: Room | None = None
+        self.expect: Callable[[Path, str], Expected] | None = None
+        self._expected: Expected | None = None
         self._directory = directory
         self._tracks = tracks
         self._pending = pending
@@ -201,8 +236,13 @@ class _Recording:
         Raises:
             OSError: They cannot be made; what was made of them is gone again.
         """
+        if self.room is not None:
+            self.room.require(self._directory)
         try:
             self._make_wav(stem)
+            if self.expect is not None:
+                # Before there is anything to lose: what a crash leaves is delivered too, once it is mended.
+                self._expected = self.expect(self._directory, self.path.stem)
             self._write_sidecar(final=False)
         except Exception:
             self.discard()
@@ -232,6 +272,8 @@ class _Recording:
             if self._wav is not None:
                 self._wav.discard()
         self._wav = None
+        if self._expected is not None:
+            self._expected.withdraw()
         with contextlib.suppress(OSError):
             if self._reservation is not None:
                 self._reservation.unlink(missing_ok=True)
@@ -298,6 +340,8 @@ class _Recording:
         with self._failing():
             self._write_sidecar(final=True).rename(self.path.with_suffix(".json"))
             _folder(self._directory).sync()
+            if self._expected is not None:
+                self._expected.arrived()
         self._log.info(
             "recorded",
             file=self.path.name,
