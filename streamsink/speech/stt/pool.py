@@ -55,6 +55,7 @@ class PooledEngine(Engine):
         worker: The module that workers run.
         decoders: How many utterances a worker has under way, at most.
         stuck: Seconds a worker may take for one answer.
+        most_waiting: Seconds of an utterance that may wait for its worker.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class PooledEngine(Engine):
     worker: ClassVar[str]
     decoders: ClassVar[int] = 4
     stuck: ClassVar[float] = STUCK
+    most_waiting: ClassVar[float] = 10.0
 
     def __init__(self, options: EngineOptions) -> None:
         package, extra = self.package
@@ -155,9 +157,8 @@ class PooledUtterance(Recognition):
         pool: Its workers.
     """
 
-    most_waiting = 10.0
-
     def __init__(self, voice: Voice, engine: PooledEngine, pool: Pool) -> None:
+        self.most_waiting = engine.most_waiting
         super().__init__(voice)
         self._engine = engine
         self._pool = pool
