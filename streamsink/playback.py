@@ -87,6 +87,7 @@ class Playback:
         on_played: Given samples the far end has certainly heard, and when they began; frames are kept only while set.
         on_sent: Given each frame as it is sent, and when it begins to play there as far as is known; for whoever must
             know our own voice when it comes back. It may not call anything here.
+        on_barge_in: Called when something is queued that a talker may barge in on.
         on_unconfirmed: Given the name of each mark whose echo has not come in time.
         frames_sent: Media messages sent.
         underruns: How often the far end had nothing left to play in the middle of something.
@@ -109,6 +110,7 @@ class Playback:
         self.wake = wake
         self.on_played: Callable[[Samples, float], None] | None = None
         self.on_sent: Callable[[Samples, float], None] | None = None
+        self.on_barge_in: Callable[[], None] | None = None
         self.on_unconfirmed: Callable[[str], None] | None = None
         self.frames_sent = 0
         self.underruns = 0
@@ -207,6 +209,8 @@ class Playback:
             else:
                 playout = RichPlayout(self, samples, rate, barge_in, text)
         self._check_room(playout.waiting)
+        if barge_in is not None and self.on_barge_in is not None:
+            self.on_barge_in()
         self._feeds += playout.feed is not None
         self._queue.append(playout)
         self.fed(playout.waiting)

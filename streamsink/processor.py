@@ -21,6 +21,7 @@ import structlog
 from streamsink.audio import Frame, Track
 from streamsink.codec import Resampler
 from streamsink.errors import StreamClosed
+from streamsink.speech.echo import EchoGate
 from streamsink.speech.vad import Detectors, Listening
 
 if TYPE_CHECKING:
@@ -364,6 +365,16 @@ class _Guard:
             self.stopping = asyncio.ensure_future(self._on_stop("error"))
 
 
+class Ear(Protocol):
+    """What hears the frames of a chain besides its processors."""
+
+    def frame(self, frame: Frame) -> None:
+        """Hear a frame of any track."""
+
+    def close(self) -> None:
+        """The stream has ended."""
+
+
 class Chain:
     """All processors of one stream.
 
@@ -391,13 +402,17 @@ class Chain:
                 self._by_rate.setdefault(guard.processor.sample_rate, []).append(guard)
         self._taps: dict[tuple[str, Track, int], _Tap] = {}
         self.wants_played = any(type(g.processor).on_played is not Processor.on_played for g in self._guards)
-        # None where nobody asks for it.
-        self._listening: Listening | None = None
-        for guard in self._guards:
-            if guard.processor.vad is not None:
-                if self._listening is None:
-                    self._listening = Listening(detectors or Detectors(), self._frame_at_rate)
-                self._listening.ask(guard.processor.vad, functools.partial(guard.call, "on_speech"))
+        # What knows our own voice when it comes back; without it, that is a talker too.
+        self.echo: EchoGate | None = None
+        self._detectors = detectors
+        # Empty where nobody asks for voice activity.
+        self._ears: list[Ear] = []
+        asking = [guard for guard in self._guards if guard.processor.vad is not None]
+        if asking:
+            self.listen(listening := self.listening())
+        for guard in asking:
+            assert guard.processor.vad is not None
+            listening.ask(guard.processor.vad, functools.partial(guard.call, "on_speech"))
 
     @property
     def names(self) -> list[str]:
@@ -418,8 +433,29 @@ class Chain:
             if at_rate is not None:
                 for guard in guards:
                     guard.frame(at_rate)
-        if self._listening is not None:
-            self._listening.frame(frame)
+        if self._ears:
+            self._hear(frame)
+
+    @property
+    def listens(self) -> bool:
+        """Whether anybody wants to know of voice activity."""
+        return bool(self._ears)
+
+    def listening(self) -> Listening:
+        """Voice activity detection for this stream, to be asked and then listened with."""
+        if self._detectors is None:
+            self._detectors = Detectors()
+        return Listening(self._detectors, self._cleaned_at_rate)
+
+    def listen(self, ear: Ear) -> None:
+        """Let one more hear every frame, without what is only our own voice, after the processors have had it."""
+        self._ears.append(ear)
+
+    def _hear(self, frame: Frame) -> None:
+        if self.echo is not None and frame.track is Track.INBOUND:
+            frame = self.echo.clean(frame)
+        for ear in self._ears:
+            ear.frame(frame)
 
     def played(self, frame: Frame) -> None:
         """Hand what the far end heard of ours to every processor, each at the rate it asked for."""
@@ -431,8 +467,9 @@ class Chain:
                 for guard in guards:
                     guard.call("on_played", at_rate)
 
-    def _frame_at_rate(self, frame: Frame, rate: int) -> Frame | None:
-        return self._at_rate(frame, rate, "on_frame")
+    def _cleaned_at_rate(self, frame: Frame, rate: int) -> Frame | None:
+        # As long as nothing is cleaned, processors at that rate have it already.
+        return self._at_rate(frame, rate, "on_frame" if self.echo is None else "on_speech")
 
     def _at_rate(self, frame: Frame, rate: int, hook: str) -> Frame | None:
         if rate == frame.sample_rate:
@@ -450,8 +487,8 @@ class Chain:
 
     async def stop(self, reason: str) -> None:
         """Run every processor's on_stop, once each, after its on_start is over."""
-        if self._listening is not None:
-            self._listening.close()
+        for ear in self._ears:
+            ear.close()
         await asyncio.gather(*(guard.stop(reason) for guard in self._guards))
 
 

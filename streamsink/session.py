@@ -23,6 +23,7 @@ import structlog
 from streamsink import wire
 from streamsink.audio import Frame, Samples, Track
 from streamsink.auth import webhook_secret
+from streamsink.barge_in import Interrupter
 from streamsink.codec import PTIMES, CodecSpec
 from streamsink.config import Settings
 from streamsink.delivery import Delivery
@@ -35,6 +36,7 @@ from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
 from streamsink.siblings import Siblings
 from streamsink.slope import SAMPLE_EVERY, Slope
+from streamsink.speech.echo import EchoGate
 from streamsink.speech.events import Transcript
 from streamsink.speech.synthesis import build
 from streamsink.speech.vad import Detectors
@@ -224,6 +226,8 @@ class Session:
         self._slope_at = math.inf
         self._slope_track: Track | None = None
         self._played_position = 0
+        # Whether something has been queued that a talker may barge in on.
+        self._interruptible = False
         self._finishing: asyncio.Task[None] | None = None
         endpoint.sessions.add(self)
         endpoint.count()
@@ -313,6 +317,9 @@ class Session:
         self.pipeline = pipeline
         self._chain = chain
         self._playback.on_unconfirmed = self._on_unconfirmed
+        self._playback.on_barge_in = self._on_barge_in
+        if chain.listens and settings.pipelines[pipeline].talk_back:
+            self._know_own_voice()
         if chain.wants_played:
             self._playback.on_played = self._on_played
         self._take_over(sid)
@@ -524,6 +531,23 @@ class Session:
         """A processor knows what was said: every processor hears of it."""
         assert self._chain is not None
         self._chain.call("on_transcript", transcript)
+
+    def _on_barge_in(self) -> None:
+        """Something is queued that a talker may barge in on: from now on the stream is listened to."""
+        assert self._playback is not None
+        assert self._chain is not None
+        if not self._interruptible:
+            self._interruptible = True
+            self._chain.listen(Interrupter(self._playback, self._chain.listening, self.clear))
+            self._know_own_voice()
+
+    def _know_own_voice(self) -> None:
+        """Have what is sent compared with what comes in: the conference may carry it back."""
+        assert self._playback is not None
+        assert self._chain is not None
+        if self._chain.echo is None:
+            self._chain.echo = EchoGate(self._playback.codec.rate, self.endpoint.clock)
+            self._playback.on_sent = self._chain.echo.played
 
     def _on_played(self, samples: Samples, at: float) -> None:
         """Audio of ours was heard at ``at`` seconds: place it on the inbound media clock."""

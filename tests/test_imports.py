@@ -20,7 +20,7 @@ LAYERS = (
     ("child", "codec", "gain", "playout", "sound", "wire"),
     ("speech",),
     ("playback", "processor", "simulator", "slope", "stream_object", "track"),
-    ("pacer", "plugins", "stream"),
+    ("barge_in", "pacer", "plugins", "stream"),
     ("processors", "session"),
     ("connection", "testing", "web"),
     ("server",),

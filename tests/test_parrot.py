@@ -16,6 +16,12 @@ SPEECH = Path(__file__).parent / "data" / "speech.wav"
 RATE = 16_000
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread takes part in these calls, so there is nothing to wait for."""
+    monkeypatch.setattr("streamsink.testing.SPEED", 1e6)
+
+
 @pytest.fixture(scope="module")
 def sentence() -> Samples:
     """LibriVox's "he was not an ill disposed young man", 3 s at 16 kHz, speech from 0.25 s to 2.8 s."""

@@ -249,7 +249,7 @@ async def test_who_asks_for_none_pays_nothing(tmp_path: Path) -> None:
     for frame in frames(tone(-20, 1), 8000):
         chain.frame(frame)
     assert detectors.made == []
-    assert chain._listening is None
+    assert not chain.listens
     await chain.stop("stop")
 
 

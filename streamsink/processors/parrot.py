@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from streamsink.audio import Frame, Samples, Track
+from streamsink.playout import Playout
 from streamsink.processor import Processor
 from streamsink.speech.events import Speech, SpeechChange, VadSettings
 from streamsink.stream import Stream
-
-if TYPE_CHECKING:
-    from streamsink.playback import Playout
 
 ROLL = 0.2
 """Seconds kept before and after an utterance, so that soft sounds at its ends are not cut."""
@@ -81,6 +79,7 @@ class Parrot(Processor):
             self._speaking = asyncio.ensure_future(self._speak(self._stream.play(utterance, rate)))
 
     async def _speak(self, playout: Playout) -> None:
+        # The end of the stream ends it too.
         await playout
         self._deaf_until = self._position + ECHO
         self._speaking = None
@@ -94,8 +93,3 @@ class Parrot(Processor):
             at = max(0, frame.start - start)
             utterance[at : at + len(piece)] = piece
         return utterance
-
-    async def on_stop(self, reason: str) -> None:
-        """Stop waiting for the end of what is being said."""
-        if self._speaking is not None:
-            self._speaking.cancel()
