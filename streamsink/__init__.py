@@ -9,6 +9,7 @@ from streamsink.audio import Frame, Track
 from streamsink.codec import CodecSpec
 from streamsink.playout import BargeIn, Outcome, Played, Playout
 from streamsink.processor import MarkOutcome, Processor, processor
+from streamsink.speech.events import Speech, SpeechChange, VadSettings
 from streamsink.stream import Stream
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ __all__ = [
     "Playout",
     "Processor",
     "Server",
+    "Speech",
+    "SpeechChange",
     "Stream",
     "StreamObject",
     "Track",
+    "VadSettings",
     "processor",
 ]
 

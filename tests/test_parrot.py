@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from streamsink.audio import Samples, Track
-from streamsink.processors.parrot import ECHO, ROLL, Parrot
+from streamsink.processors.parrot import ROLL, Parrot
 from streamsink.testing import Loss, Result, run_processor
 
 SPEECH = Path(__file__).parent / "data" / "speech.wav"
@@ -96,7 +96,28 @@ async def test_it_does_not_answer_itself(late: float) -> None:
     echo[delay : delay + len(heard)] = heard // 2
     result = await run_processor(Parrot(), call + echo, RATE)
     assert len(spurts(alone)) == len(spurts(result)) == 1
-    assert late < ECHO
+
+
+async def test_who_talks_on_interrupts_it_and_is_said_back(sentence: Samples) -> None:
+    """The first utterance is to come back from about 3.7 s on."""
+    other = np.ascontiguousarray(sentence[::-1])[RATE // 10 : RATE * 2]
+    call = np.concatenate([sentence, quiet(1.5), other])
+    result = await run_processor(Parrot(), call, RATE, silence_seconds=5)
+    assert result.clears == 1
+    (_, interrupted), (begins, ends) = spurts(result)
+    assert interrupted < len(sentence) / RATE + 1.5 + 1.0
+    assert begins > len(call) / RATE
+    # Its first sound is there, from before the moment in which that was known.
+    _, likeness = place(other, result.heard[round((begins - 0.5) * RATE) :])
+    assert likeness > 0.95
+    assert ends - begins == pytest.approx(len(other) / RATE, abs=0.3)
+
+
+async def test_a_word_meanwhile_is_not_said_back(sentence: Samples) -> None:
+    call = np.concatenate([sentence, quiet(1.5), tone(0.15)])
+    result = await run_processor(Parrot(), call, RATE, silence_seconds=6)
+    assert result.clears == 0
+    assert len(spurts(result)) == 1
 
 
 async def test_only_the_end_of_a_very_long_utterance_comes_back() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from streamsink.audio import Frame, Samples, Track
-from streamsink.playout import Playout
+from streamsink.playout import BargeIn, Outcome, Playout
 from streamsink.processor import Processor
 from streamsink.speech.events import Speech, SpeechChange, VadSettings
 from streamsink.stream import Stream
@@ -18,14 +18,12 @@ ROLL = 0.2
 """Seconds kept before and after an utterance, so that soft sounds at its ends are not cut."""
 KEEP = 1.5
 """Seconds kept while nobody talks: a talker is noticed later than they began."""
-ECHO = 0.7
-"""Seconds after it has spoken in which the parrot may still be hearing itself."""
 
 
 class Parrot(Processor):
     """Waits for the talker to stop, then plays the last utterance back, whole and once.
 
-    While it speaks, and for the time an echo of that may take, it does not listen.
+    Whoever talks on while it speaks interrupts it, and is said back in turn; a word or a cough meanwhile is not.
 
     Args:
         pause_ms: Silence that ends an utterance.
@@ -43,11 +41,10 @@ class Parrot(Processor):
         self.vad = VadSettings(engine=engine, hangover_ms=pause_ms)
         self._longest = longest_seconds
         self._frames: deque[Frame] = deque()
-        # Seconds on the inbound media clock: where the newest frame ends, where the utterance that is being listened
-        # to began, and from when on it listens.
-        self._position = 0.0
+        # Where the utterance that is being listened to began, in seconds on the inbound media clock, and where one that
+        # began while it speaks did.
         self._began: float | None = None
-        self._deaf_until = 0.0
+        self._barging: float | None = None
         self._speaking: asyncio.Task[None] | None = None
 
     async def on_start(self, stream: Stream) -> None:
@@ -59,9 +56,8 @@ class Parrot(Processor):
         if frame.track is not Track.INBOUND:
             return
         self._frames.append(frame)
-        self._position = (frame.start + len(frame.samples)) / frame.sample_rate
-        longest = KEEP if self._began is None else self._longest + KEEP
-        while self._position - self._frames[0].start / frame.sample_rate > longest:
+        kept = KEEP if self._began is self._barging is None else self._longest + KEEP
+        while frame.start - self._frames[0].start > kept * frame.sample_rate:
             self._frames.popleft()
 
     def on_speech(self, event: Speech) -> None:
@@ -69,20 +65,26 @@ class Parrot(Processor):
         if event.track is not Track.INBOUND:
             return
         if event.change is SpeechChange.STARTED:
-            if self._speaking is None and event.at >= self._deaf_until:
+            if self._speaking is None:
                 self._began = event.at
-        elif self._began is not None:
-            began, self._began = self._began, None
+            else:
+                self._barging = event.at
+            return
+        if self._began is not None:
             rate = self._frames[0].sample_rate
-            began = max(began, event.at - self._longest)
+            began = max(self._began, event.at - self._longest)
             utterance = self._cut(round((began - ROLL) * rate), round((event.at + ROLL) * rate))
-            self._speaking = asyncio.ensure_future(self._speak(self._stream.play(utterance, rate)))
+            playout = self._stream.play(utterance, rate, barge_in=BargeIn())
+            self._speaking = asyncio.ensure_future(self._speak(playout))
+        self._began = self._barging = None
 
     async def _speak(self, playout: Playout) -> None:
         # The end of the stream ends it too.
-        await playout
-        self._deaf_until = self._position + ECHO
+        played = await playout
         self._speaking = None
+        if played.outcome is Outcome.INTERRUPTED:
+            self._began = self._barging
+        self._barging = None
 
     def _cut(self, start: int, end: int) -> Samples:
         """The audio between two places; what was lost is silence."""
