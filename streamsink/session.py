@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
 from streamsink.siblings import Siblings
-from streamsink.slope import SAMPLE_EVERY, Slope
+from streamsink.slope import SAMPLE_EVERY
 from streamsink.speech.echo import EchoGate
 from streamsink.speech.events import Transcript
 from streamsink.speech.synthesis import build
@@ -221,10 +220,8 @@ class Session:
         self._bad_times: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._bad = 0
         self._unknown_events: set[str] = set()
-        # The first track's media clock against ours, when to look at it again, and where on it what was heard ends.
-        self._slope = Slope()
-        self._slope_at = math.inf
-        self._slope_track: Track | None = None
+        # The track of the first frame: its media clock is what we follow, and what is heard of ours is placed on it.
+        self._leading: TrackClock | None = None
         self._played_position = 0
         # Whether something has been queued that a talker may barge in on.
         self._interruptible = False
@@ -418,7 +415,7 @@ class Session:
             self._first_frame(clock, samples, now)
         self.frames_received += 1
         start, lost = clock.advance(len(samples))
-        if now >= self._slope_at:
+        if now >= clock.slope_due:
             self._follow(clock, now)
         sequence = message.sequence if message.sequence is not None else chunk
         self._chain.frame(Frame(samples, self._codec.rate, clock.track, start, lost, sequence))  # type: ignore[union-attr]
@@ -442,9 +439,9 @@ class Session:
         assert self._codec is not None
         assert self._playback is not None
         assert self.stream is not None
+        self._leading = clock
         if self.stream.talk_back:
-            self._slope_at = now
-            self._slope_track = clock.track
+            clock.slope_due = now
         ptime, rest = divmod(len(samples) * 1000, self._codec.rate)
         if not rest and ptime in PTIMES and ptime != self._codec.ptime:
             self._codec = self._codec.with_ptime(ptime)
@@ -455,11 +452,9 @@ class Session:
         """Outgoing audio keeps the pace of the audio that comes in: the far end's clock is not ours."""
         assert self._codec is not None
         assert self._playback is not None
-        if clock.track is not self._slope_track:
-            return
-        self._slope_at = now + SAMPLE_EVERY
-        if self._slope.observe(now, clock.position / self._codec.rate):
-            self._playback.set_slope(self._slope.value)
+        clock.slope_due = now + SAMPLE_EVERY
+        if clock.slope.observe(now, clock.position / self._codec.rate):
+            self._playback.set_slope(clock.slope.value)
 
     def _dtmf(self, message: wire.Dtmf) -> None:
         if self._chain is None:
@@ -553,7 +548,7 @@ class Session:
         """Audio of ours was heard at ``at`` seconds: place it on the inbound media clock."""
         assert self._codec is not None
         assert self._chain is not None
-        epoch = self._slope.delay if self.frames_received else self._started_at
+        epoch = self._started_at if self._leading is None else self._leading.slope.delay
         start = max(0, round((at - epoch) * self._codec.rate))
         if abs(start - self._played_position) < _CLOCK_STEP * self._codec.rate or start < self._played_position:
             start = self._played_position

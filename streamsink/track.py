@@ -6,8 +6,11 @@ jump of the counter may claim.
 
 from __future__ import annotations
 
+import math
+
 from streamsink.audio import Track
 from streamsink.codec import Decoder
+from streamsink.slope import Slope
 
 DUPLICATE_STEP = 50
 """Chunks; a step back of up to this many repeats what was heard, a larger one is a new count."""
@@ -28,6 +31,8 @@ class TrackClock:
         length: Samples of the last frame; 0 before the first.
         pending: Samples lost since the last frame.
         octets: Payload bytes that came, duplicates too.
+        slope: How the clock runs against ours, and where it stands.
+        slope_due: When the slope wants to be told of a frame again; never, unless somebody follows it.
     """
 
     __slots__ = (
@@ -40,6 +45,8 @@ class TrackClock:
         "octets",
         "pending",
         "position",
+        "slope",
+        "slope_due",
         "track",
     )
 
@@ -50,6 +57,8 @@ class TrackClock:
         self.length = 0
         self.pending = 0
         self.octets = 0
+        self.slope = Slope()
+        self.slope_due = math.inf
         self._rate = rate
         self.due: int | None = None
         self._first_at = now
