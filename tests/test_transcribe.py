@@ -19,6 +19,7 @@ import soundfile
 
 from streamsink.audio import Samples, Track
 from streamsink.config import Settings
+from streamsink.delivery.webhook import verify
 from streamsink.errors import ProcessorError, SpeechError
 from streamsink.plugins import find
 from streamsink.processor import Processor
@@ -33,7 +34,8 @@ from streamsink.stream import Stream
 from streamsink.tls import CERTIFICATE_FILE
 from tests.conftest import Serve
 from tests.peer import TOKEN
-from tests.streams import Line, counting, frame, make_stream
+from tests.receiver import receiving
+from tests.streams import SECRET, Line, counting, frame, make_stream
 
 TESTDATA = Path(os.environ.get("STREAMSINK_TESTDATA", Path(__file__).parents[2] / "shared" / "testdata")) / "speech"
 needs_speech = pytest.mark.skipif(not TESTDATA.is_dir(), reason=f"needs recorded speech; there is no {TESTDATA}")
@@ -216,6 +218,26 @@ async def test_a_noise_is_nothing_and_a_hole_is_marked(
     assert "cause='out of breath'" in read_log()
 
 
+async def test_each_final_is_told_to_a_webhook(tmp_path: Path) -> None:
+    with receiving() as receiver:
+        async with a_call(tmp_path, webhook=receiver.url) as call:
+            call.talk(0.0, 0.5)
+        (told,) = await asyncio.to_thread(receiver.wait)
+        await asyncio.to_thread(call.stream.delivery.close, 5.0)
+    assert told.pop("id")
+    assert told == {
+        "event": "transcript",
+        "stream_sid": "7d56",
+        "call_sid": "76ac",
+        "name": "front desk",
+        "file": f"{call.stream.stem}.transcript.jsonl",
+        **call.lines[0],
+    }
+    (request,) = receiver.requests
+    headers = request.headers
+    assert verify(SECRET, headers["X-Streamsink-Timestamp"], headers["X-Streamsink-Signature"], request.body)
+
+
 # --- Whose voice -----------------------------------------------------------------------------------------------------
 
 
@@ -394,12 +416,13 @@ async def test_a_disk_that_takes_no_more_retires_the_processor(tmp_path: Path) -
             "processor `transcribe` cannot be built: there is no engine `whisper`; there are",
         ),
         ("transcribe:grammar=/no/cards.jsgf", "cannot be built: there is no grammar /no/cards.jsgf: give a path"),
+        ("transcribe:webhook=ftp://here/", "cannot be built: "),
         ("transcribe:workers=0", "cannot be built: workers is 0; wanted 1 or more"),
         ("transcribe:keywords=yes,no/x", "cannot be built: 'no/x' is no keyword"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence_at_the_servers_start(tmp_path: Path, spec: str, told: str) -> None:
-    settings = Settings(processors=[spec], state=tmp_path, recordings=tmp_path, no_tls=True, tokens=["a:" + TOKEN])
+    settings = Settings(processors=[spec], state=tmp_path, recordings=tmp_path, no_tls=True)
     with pytest.raises(ProcessorError) as error:
         Server(settings)
     assert told in str(error.value)

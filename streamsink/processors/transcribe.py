@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import structlog
 
 from streamsink.audio import Frame, Track
+from streamsink.delivery import check_url
 from streamsink.errors import SpeechError
 from streamsink.processor import Processor
-from streamsink.processors.transcript import TranscriptPart, line_of
+from streamsink.processors.transcript import Line, TranscriptPart, line_of
 from streamsink.speech.diarization import Diarization, find_diarizer
 from streamsink.speech.events import EngineError, Speech, SpeechEnded, Transcript, VadSettings
 from streamsink.speech.shared import Shared
@@ -45,6 +46,7 @@ class Transcribe(Processor):
         interim: Whether other processors get words while they are spoken.
         workers: Processes that transcribe; one less than there are cores.
         url: Where a vendor's service is, when it is not where it usually is.
+        webhook: The ``https://`` URL that is told of each final transcript.
         diarization: ``package.module:Name`` of what tells voices of one track apart.
         vad: What finds the ends of utterances for an engine that does not.
         threshold: Probability from which it takes sound for speech.
@@ -52,6 +54,10 @@ class Transcribe(Processor):
         speech_ms: Speech must last so long to begin an utterance.
         hangover_ms: Silence must last so long to end one.
         directory: Where the files go; the endpoint's recordings folder when not given.
+
+    Raises:
+        SpeechError: The engine lacks something or cannot do what is asked; the sentence names the remedy.
+        ConfigError: Nothing can be told to the webhook's URL.
     """
 
     speaks = False
@@ -66,6 +72,7 @@ class Transcribe(Processor):
         interim: bool = True,
         workers: int | None = None,
         url: str | None = None,
+        webhook: str | None = None,
         diarization: str | None = None,
         vad: Literal["auto", "silero", "energy"] = "auto",
         threshold: float = 0.5,
@@ -76,6 +83,9 @@ class Transcribe(Processor):
     ) -> None:
         if workers is not None and workers < 1:
             raise SpeechError(f"workers is {workers}; wanted 1 or more")
+        if webhook is not None:
+            check_url(webhook)
+        self._webhook = webhook
         self._engine_name = engine
         self._options = EngineOptions(
             language=language,
@@ -214,7 +224,21 @@ class Transcribe(Processor):
         while (transcript := await self._finals.get()) is not None:
             if not transcript.speaker:
                 transcript = await self._named(transcript)
-            await asyncio.to_thread(self._part.append, [line_of(transcript)])
+            line = line_of(transcript)
+            await asyncio.to_thread(self._part.append, [line])
+            if self._webhook is not None:
+                self._stream.delivery.post(self._webhook, self._told(line))
+
+    def _told(self, line: Line) -> dict[str, Any]:
+        stream = self._stream
+        return {
+            "event": "transcript",
+            "stream_sid": stream.sid,
+            "call_sid": stream.call_sid,
+            "name": stream.name,
+            "file": self._part.path.name,
+            **msgspec.to_builtins(line),
+        }
 
     async def _named(self, transcript: Transcript) -> Transcript:
         speaker = transcript.track.value
