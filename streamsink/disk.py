@@ -30,6 +30,10 @@ def free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+class NoRoom(OSError):
+    """There is less room on the disk than must be left for a new file (ENOSPC)."""
+
+
 class Room(Collector):
     """The room that must be left on the disk for a new file to be opened. Any thread may ask.
 
@@ -51,7 +55,8 @@ class Room(Collector):
         """Ask for room for a new file.
 
         Raises:
-            OSError: ENOSPC, there is less than must be left.
+            NoRoom: There is less than must be left.
+            OSError: The disk does not say.
         """
         if not self.least:
             return
@@ -65,7 +70,7 @@ class Room(Collector):
             self._short.add(folder)
         if not told:
             log.error("no new recordings: the disk is nearly full", folder=str(folder), free=there, min_free=self.least)
-        raise OSError(
+        raise NoRoom(
             errno.ENOSPC, f"{_megabytes(there)} free, {_megabytes(self.least)} must be left", os.fspath(folder)
         )
 

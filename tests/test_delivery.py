@@ -427,8 +427,9 @@ def test_a_recording_arrives_in_s3_whatever_fails(
     with s3.store(tmp_path.name).open(f"{STEM}.wav") as file:
         assert file.read() == files[f"{STEM}.wav"]
     assert here.names == []
-    # The credentials of the test.
+    # The credentials of the test, at debug.
     assert "hunter2" not in read_log()
+    assert "Credential=" not in read_log()
 
 
 def test_a_kill_in_the_midst_of_an_upload_costs_nothing(here: Here, s3: S3, receiver: Receiver, tmp_path: Path) -> None:

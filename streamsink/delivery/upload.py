@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -94,11 +95,18 @@ def parse_target(url: str) -> Store:
     try:
         # Now, before there are calls: it takes a second of the interpreter's time.
         importlib.import_module(module)
+        _hush()
     except ImportError as error:
         raise ConfigError(
             f"upload to {parts.scheme}:// needs the package {error.name or module}: pip install 'streamsink[{extra}]'"
         ) from None
     return ObjectStore(parts.scheme, f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/"))
+
+
+def _hush() -> None:
+    # At debug these show whole requests, credentials in them.
+    for name in ("aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def measure(path: Path) -> Local:

@@ -137,7 +137,7 @@ class Delivery(Collector):
     def close(self, patience: float) -> None:
         """End: what was not tried yet gets a try, for so many seconds in all; the next start does the rest. Blocks."""
         with self._lock:
-            if not self._threads:
+            if not self._threads or self._closing:
                 return
         self._posts.put(None)
         until = self._clock() + patience

@@ -30,7 +30,7 @@ import structlog
 
 from streamsink.audio import Frame, Samples, Track
 from streamsink.delivery import Expected, check_url, parse_target
-from streamsink.disk import Room
+from streamsink.disk import NoRoom
 from streamsink.processor import Processor
 from streamsink.processors.wav import WavPart
 from streamsink.stem import reserve
@@ -114,6 +114,8 @@ class Record(Processor):
         self._upload = upload
         self._keep_local = keep_local
         self._on_complete = on_complete
+        # No file was opened, since the disk is nearly full.
+        self._refused = False
         # What the writer has not taken yet. Both ends of a deque are safe for a thread each.
         self._pending: deque[Frame] = deque()
         self._stray: set[Track] = set()
@@ -146,7 +148,6 @@ class Record(Processor):
             complete=False,
         )
         self._recording = _Recording(sidecar, directory, self._tracks, self._pending, self._log)
-        self._recording.room = stream.room
         if self._upload is not None or self._on_complete is not None:
             self._recording.expect = functools.partial(
                 stream.delivery.expect,
@@ -154,8 +155,18 @@ class Record(Processor):
                 keep_local=self._keep_local,
                 on_complete=self._on_complete,
             )
+        recording = self._recording
+
+        def begin() -> None:
+            # Before a stem is reserved: a disk that is nearly full needs no more names either.
+            stream.room.require(directory)
+            recording.open(None if self._directory else stream.stem)
+
         try:
-            await _writer.run(lambda: self._recording.open(None if self._directory else stream.stem))
+            await _writer.run(begin)
+        except NoRoom:
+            # Told and counted already; the call goes on.
+            self._refused = True
         except asyncio.CancelledError:
             # The disk took too long; nobody will stop what has not started.
             _writer.run(self._recording.discard)
@@ -167,6 +178,8 @@ class Record(Processor):
         Raises:
             OSError: Earlier ones could not be written.
         """
+        if self._refused:
+            return
         if self._recording.error is not None:
             raise self._recording.error
         if len(self._pending) >= MOST_PENDING:
@@ -183,6 +196,8 @@ class Record(Processor):
         Raises:
             OSError: Something could not be written.
         """
+        if self._refused:
+            return
         sidecar = self._recording.sidecar
         # The packet time is known from the first frame on.
         sidecar.codec = str(self._stream.codec)
@@ -202,7 +217,6 @@ class _Recording:
         sidecar: What is known of the stream so far.
         path: The finished audio file.
         error: Why nothing more is written; the event loop looks at it too.
-        room: Asked before the files are made.
         expect: Told of the folder and the stem, where the recording is to be delivered.
     """
 
@@ -217,7 +231,6 @@ class _Recording:
         self.sidecar = sidecar
         self.path = directory
         self.error: Exception | None = None
-        self.room: Room | None = None
         self.expect: Callable[[Path, str], Expected] | None = None
         self._expected: Expected | None = None
         self._directory = directory
@@ -236,8 +249,6 @@ class _Recording:
         Raises:
             OSError: They cannot be made; what was made of them is gone again.
         """
-        if self.room is not None:
-            self.room.require(self._directory)
         try:
             self._make_wav(stem)
             if self.expect is not None:
