@@ -55,8 +55,9 @@ class Interrupter:
             self._playback.duck(0.0)
 
     def _on_speech(self, speech: Speech) -> None:
-        if self._wish is not None:
-            self._playback.duck(self._wish.duck_db if speech.change is SpeechChange.STARTED else 0.0)
+        # Nothing is told once it has been closed.
+        assert self._wish is not None
+        self._playback.duck(self._wish.duck_db if speech.change is SpeechChange.STARTED else 0.0)
 
     def _on_enough(self, speech: Speech) -> None:
         # What plays by now may be something else, which nobody may barge in on.

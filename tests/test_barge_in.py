@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import soundfile
@@ -22,7 +23,7 @@ from streamsink.plugins import Plugin
 from streamsink.processor import MarkOutcome, Processor
 from streamsink.session import Endpoint, Session
 from streamsink.speech.echo import EchoGate
-from streamsink.speech.events import Speech, VadSettings
+from streamsink.speech.events import Speech, SpeechChange, VadSettings
 from streamsink.stream import Stream
 from streamsink.testing import _FarEnd, _Ready, _VirtualLoop
 from tests.far_end import FarEnd
@@ -253,7 +254,7 @@ def test_only_what_may_be_interrupted_is() -> None:
     assert np.abs(heard[4 * 8000 :]).max() > 0.9 * np.abs(speech(8000)[8000:]).max()
 
 
-def test_each_of_several_can_be_interrupted_and_only_by_the_inbound_track() -> None:
+def test_each_of_several_can_be_interrupted() -> None:
     class Patient(Speaker):
         async def _speak(self) -> None:
             rate = self._stream.codec.rate
@@ -266,12 +267,47 @@ def test_each_of_several_can_be_interrupted_and_only_by_the_inbound_track() -> N
     # The talker goes on for a while: the second piece begins behind the last word.
     assert speaker.played[0].outcome is Outcome.INTERRUPTED
     assert far_end.clears >= 1
-    playback = FarEnd("L16@8000h").playback
-    playback.play(np.zeros(8000, np.int16), 8000, BargeIn())
-    heard = []
-    interrupter = Interrupter(playback, lambda: heard.append(1), lambda: None)  # type: ignore[arg-type, return-value]
-    interrupter.frame(Frame(np.zeros(160, np.int16), 8000, Track.OUTBOUND, 0, 0, 0))
-    assert heard == []
+
+
+class Asked:
+    """Notes what is asked of it, and tells when the test says so."""
+
+    def __init__(self) -> None:
+        self.tell: list[Callable[[Speech], None]] = []
+        self.frames = 0
+        self.closed = False
+
+    def ask(self, settings: VadSettings, tell: Callable[[Speech], None]) -> None:
+        self.tell.append(tell)
+
+    def frame(self, frame: Frame) -> None:
+        self.frames += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_is_noticed_too_late_ends_nothing() -> None:
+    far_end = FarEnd("L16@8000h")
+    silence: Samples = np.zeros(160, np.int16)
+    asked, clears = Asked(), []
+    interrupter = Interrupter(far_end.playback, lambda: asked, lambda: clears.append(1))  # type: ignore[arg-type,return-value]
+    interrupter.frame(Frame(silence, 8000, Track.INBOUND, 0, 0, 0))
+    assert asked.tell == []
+    far_end.playback.play(np.zeros(1600, np.int16), 8000, BargeIn())
+    interrupter.frame(Frame(silence, 8000, Track.OUTBOUND, 0, 0, 0))
+    assert asked.tell == []
+    interrupter.frame(Frame(silence, 8000, Track.INBOUND, 160, 0, 0))
+    assert asked.frames == 1
+    started = Speech(SpeechChange.STARTED, 0.0, Track.INBOUND)
+    asked.tell[1](msgspec.structs.replace(started, change=SpeechChange.STOPPED))
+    # A thread that listens tells it when the audio has just been played to its end.
+    far_end.run(1.0)
+    asked.tell[1](started)
+    assert clears == []
+    assert not asked.closed
+    interrupter.frame(Frame(silence, 8000, Track.INBOUND, 320, 0, 0))
+    assert asked.closed
 
 
 def test_a_talker_is_heard_by_silero_too() -> None:
