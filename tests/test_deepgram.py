@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +14,12 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 
-from streamsink.audio import Samples
+from streamsink.audio import Frame, Samples, Track
 from streamsink.errors import SpeechError
 from streamsink.speech.events import EngineError, SpeechEnded, SpeechStarted, Transcript
 from streamsink.speech.stt.deepgram import Live
 from streamsink.speech.stt.link import LinkRecognition
+from streamsink.speech.transcriber import Transcriber
 from streamsink.speech.transcription import Encoding, EngineOptions, Event, Voice, find_engine
 from tests.vendors import DeepgramServer, encoded, listening, say, silence
 
@@ -190,6 +192,32 @@ async def test_a_lost_connection_costs_no_word_and_no_time(vendor: DeepgramServe
     assert len([event for event in events if isinstance(event, SpeechStarted)]) == 3
     # What had been settled was not sent again.
     assert vendor.seconds[1] < 3.5
+
+
+async def test_times_are_the_tracks_whatever_was_lost_on_the_way(vendor: DeepgramServer) -> None:
+    vendor.faults.append({"drop": 2.5})
+    engine = find_engine("deepgram", EngineOptions(url=vendor.url))
+    events: list[Event] = []
+    transcriber = Transcriber(engine, Track.OUTBOUND, 8000, "PCMU", events.append, asyncio.get_running_loop().time)
+    # The track begins at 10 s, and 5 s of it are lost behind the first utterance.
+    for start, samples in ((10.0, say("one", "two")), (10.6, silence(1.0)), (16.6, say("three", "four"))):
+        at = round(start * 8000)
+        for offset in range(0, len(samples), 160):
+            transcriber.frame(Frame(samples[offset : offset + 160], 8000, Track.OUTBOUND, at + offset, 0, 0))
+    await transcriber.finish(20.0)
+    told = [event for event in events if isinstance(event, Transcript)]
+    first, second = [transcript for transcript in told if transcript.final]
+    assert (first.text, second.text) == ("One two", "Three four")
+    assert (first.start, first.end) == pytest.approx((10.0, 10.5))
+    assert (second.start, second.end) == pytest.approx((16.6, 17.1))
+    assert [word.start for word in second.words] == pytest.approx([16.6, 16.9])
+    assert (first.utterance, second.utterance) == (0, 1)
+    for utterance in (0, 1):
+        revisions = [transcript.revision for transcript in told if transcript.utterance == utterance]
+        assert revisions == list(range(len(revisions)))
+    assert [event.recoverable for event in events if isinstance(event, EngineError)] == [True]
+    assert len(vendor.requests) == 2
+    assert all("encoding=mulaw" in request.path for request in vendor.requests)
 
 
 async def test_revisions_rise_over_a_lost_connection(vendor: DeepgramServer) -> None:
