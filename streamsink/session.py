@@ -542,7 +542,14 @@ class Session:
         assert self._chain is not None
         if self._chain.echo is None:
             self._chain.echo = EchoGate(self._playback.codec.rate, self.endpoint.clock)
-            self._playback.on_sent = self._chain.echo.played
+            self._playback.on_sent = self._on_sent
+
+    def _on_sent(self, samples: Samples, at: float) -> None:
+        assert self._playback is not None
+        assert self._chain is not None
+        assert self._chain.echo is not None
+        # How late the far end is counts as part of how late the echo is: it is learned again with every mark.
+        self._chain.echo.played(samples, at - self._playback.lag)
 
     def _on_played(self, samples: Samples, at: float) -> None:
         """Audio of ours was heard at ``at`` seconds: place it on the inbound media clock."""

@@ -204,6 +204,23 @@ def test_without_the_comparison_it_would_interrupt_itself(monkeypatch: pytest.Mo
     assert speaker.played[0].outcome is Outcome.INTERRUPTED
 
 
+def test_a_talker_whom_we_repeat_is_a_talker() -> None:
+    """What is played is what was heard, later: the one before the other is no echo."""
+
+    class Repeater(Speaker):
+        async def _speak(self) -> None:
+            pass
+
+        def on_frame(self, frame: Frame) -> None:
+            self._stream.play(frame.samples, frame.sample_rate)
+
+    repeater = Repeater(vad=VadSettings())
+    Line(talker=speech(8000), talker_at=0.5, seconds=4.5).call(repeater)
+    assert [event.change for event in repeater.heard] == [SpeechChange.STARTED, SpeechChange.STOPPED]
+    assert repeater.heard[0].at == pytest.approx(0.75, abs=0.1)
+    assert repeater.heard[1].at == pytest.approx(3.3, abs=0.25)
+
+
 def test_who_did_not_ask_for_it_is_not_interrupted() -> None:
     speaker = Speaker(barge_in=None)
     far_end = Line(talker=somebody_else(8000), talker_at=1.0).call(speaker)
@@ -362,7 +379,7 @@ def delayed(samples: Samples, seconds: float, db: float = -6, rate: int = 8000) 
     return late.astype(np.int16)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.12, 0.6])
+@pytest.mark.parametrize("seconds", [0.0, 0.12, 0.64])
 @pytest.mark.parametrize("db", [0, -6, -20])
 def test_any_delay_up_to_six_tenths_is_found(seconds: float, db: float) -> None:
     ours = np.tile(speech(8000), 2)

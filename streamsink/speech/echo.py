@@ -22,8 +22,8 @@ RATE = 8000
 """Hz at which both are compared."""
 LATEST = 0.65
 """Seconds by which an echo may be late."""
-EARLIEST = 0.05
-"""Seconds by which it may seem early: when the far end plays is an estimate."""
+EARLIEST = 0.005
+"""Seconds by which it may seem early. What comes before ours by a frame is a talker whom we are repeating."""
 EXPLAINED = 0.85
 """Share of a frame's energy that the filter must make for the frame to be echo."""
 LIKELY = 0.5
@@ -72,7 +72,7 @@ class EchoGate:
         self._offset: float | None = None
 
     def played(self, samples: Samples, at: float) -> None:
-        """Take a frame of ours that the far end begins to play ``at`` seconds on the clock."""
+        """Take a frame of ours that the far end may begin to play ``at`` seconds on the clock, but not before."""
         if self._offset is None:
             return
         start = round((at - self._offset) * self._rate)
