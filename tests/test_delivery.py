@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -225,6 +226,29 @@ def test_what_changed_after_its_upload_is_not_deleted(
     here.settled()
     assert here.names == [wav.name]
     assert "kept here: it has changed since it was uploaded" in read_log()
+
+
+def test_a_crash_while_local_files_are_deleted_is_made_good(
+    here: Here, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = here.record()
+    delete = work._delete
+    crashes = [OSError(errno.EIO, "Input/output error")]
+
+    def half_done(folder: Path, files: list[Any]) -> None:
+        if crashes:
+            delete(folder, files[:1])
+            raise crashes.pop()
+        delete(folder, files)
+
+    monkeypatch.setattr(work, "_delete", half_done)
+    to = (tmp_path / "kept").as_uri()
+    here.deliver(upload=to, keep_local=False, on_complete=receiver.url)
+    (told,) = receiver.wait()
+    here.settled()
+    assert told["files"] == described(files, to)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == files
+    assert (here.names, here.queued) == ([], [])
 
 
 def test_nothing_is_deleted_where_the_target_is_the_recordings_folder(here: Here, read_log: Callable[[], str]) -> None:

@@ -47,6 +47,13 @@ def test_nothing_is_made_before_there_is_a_job(folder: Path) -> None:
     assert (queue.exists, len(queue), queue.wait("post", NOW), queue.take("post", NOW)) == (False, 0, None, None)
 
 
+def test_the_recordings_folder_need_not_be_there_yet(tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "recordings" / ".delivery")
+    posted(queue)
+    assert len(queue) == 1
+    queue.close()
+
+
 def test_a_job_is_private_and_whole_and_gone_when_done(folder: Path) -> None:
     queue = Queue(folder)
     id = posted(queue, '{"a":1}')

@@ -260,8 +260,14 @@ def test_a_store_whose_package_is_missing_is_told(
     assert str(caught.value) == f"upload to {scheme}:// needs the package {module}: pip install 'streamsink[{extra}]'"
 
 
-def test_targets_know_their_urls(tmp_path: Path) -> None:
+def test_what_is_wrong_with_an_account_is_not_the_start_s_affair(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    store = parse_target("s3://bucket/x")
+    with pytest.raises(Exception, match="nobody"):
+        store.size("x.wav")
+
+
+def test_targets_know_their_urls(s3: S3, tmp_path: Path) -> None:
     assert parse_target(f"{tmp_path.as_uri()}/a%20b").url("x.wav") == f"{tmp_path.as_uri()}/a%20b/x.wav"
-    pytest.importorskip("s3fs", reason="needs the extra s3")
     assert parse_target("s3://bucket/a/b/").url("x.wav") == "s3://bucket/a/b/x.wav"
     assert parse_target("s3://bucket").url("x.wav") == "s3://bucket/x.wav"

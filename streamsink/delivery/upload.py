@@ -6,6 +6,7 @@ encrypted with no key of KMS, checksum headers differ from store to store, and w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -100,7 +101,9 @@ def parse_target(url: str) -> Store:
         raise ConfigError(
             f"upload to {parts.scheme}:// needs the package {error.name or module}: pip install 'streamsink[{extra}]'"
         ) from None
-    return ObjectStore(parts.scheme, f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/"))
+    store = ObjectStore(parts.scheme, f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/"))
+    store.prepare()
+    return store
 
 
 def _hush() -> None:
@@ -286,6 +289,15 @@ class ObjectStore:
         options = {"config_kwargs": {"response_checksum_validation": "when_required"}} if self._protocol == "s3" else {}
         # Listings are never kept: what others put there meanwhile counts.
         return fsspec.filesystem(self._protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+
+    def prepare(self) -> None:
+        """Do now what would hold up calls later: reading the descriptions of a store's API, which also fill the heap.
+
+        What goes wrong here goes wrong again, and is told, when there is something to upload.
+        """
+        if self._protocol == "s3":
+            with contextlib.suppress(Exception):
+                self._files.connect()
 
     def check(self, folder: Path) -> None:
         """Any folder will do."""
