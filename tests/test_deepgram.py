@@ -17,6 +17,7 @@ import pytest
 from streamsink.audio import Frame, Samples, Track
 from streamsink.errors import SpeechError
 from streamsink.speech.events import EngineError, SpeechEnded, SpeechStarted, Transcript
+from streamsink.speech.stt import link
 from streamsink.speech.stt.deepgram import Live
 from streamsink.speech.stt.link import LinkRecognition
 from streamsink.speech.transcriber import Transcriber
@@ -221,14 +222,16 @@ async def test_times_are_the_tracks_whatever_was_lost_on_the_way(vendor: Deepgra
 
 
 async def test_revisions_rise_over_a_lost_connection(vendor: DeepgramServer) -> None:
-    vendor.faults.append({"drop": 0.7})
+    # The first two words were certain by then, in the middle of a message.
+    vendor.faults.append({"drop": 1.2})
     async with recognition(vendor) as opened:
-        push(opened, say("one", "two", "three"), silence(0.5))
+        push(opened, silence(0.04), say("one", "two", "three", "four"), silence(0.5))
         events = await told(opened)
     transcripts = [event for event in events if isinstance(event, Transcript)]
     assert [transcript.revision for transcript in transcripts] == list(range(len(transcripts)))
     assert [transcript.final for transcript in transcripts] == [False] * (len(transcripts) - 1) + [True]
-    assert transcripts[-1].text.lower() == "one two three"
+    assert transcripts[-1].text.lower() == "one two three four"
+    assert [word.start for word in transcripts[-1].words] == pytest.approx([0.04, 0.34, 0.64, 0.94])
 
 
 @pytest.mark.parametrize(
@@ -293,6 +296,37 @@ async def test_a_long_outage_is_a_marked_hole(vendor: DeepgramServer, monkeypatc
     assert hole.utterance != transcript.utterance
 
 
+async def test_audio_that_a_connection_was_too_slow_for_is_a_marked_hole(
+    vendor: DeepgramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LinkRecognition, "most_waiting", 1.0)
+    async with recognition(vendor) as opened:
+        # Taken by the connection, which waits for more to send with it.
+        push(opened, silence(0.04))
+        await vendor.until(lambda: vendor.seconds)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not opened.audio.waiting
+        push(opened, silence(2.0), say("two"), silence(0.5))
+        hole, transcript = finals(await told(opened))
+    assert hole.dropped
+    assert (hole.start, hole.end) == pytest.approx((0.04, 1.84), abs=0.021)
+    assert (transcript.text, transcript.dropped) == ("Two", False)
+    assert (transcript.start, transcript.end) == pytest.approx((2.04, 2.24))
+
+
+async def test_a_failure_long_after_another_is_told_again(
+    vendor: DeepgramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "LASTED", -1.0)
+    vendor.faults.extend([{"status": 503}, {"status": 502}])
+    async with recognition(vendor) as opened:
+        push(opened, say("one"))
+        events = await told(opened)
+    errors = [event.message for event in events if isinstance(event, EngineError)]
+    assert [message.partition("(")[2] for message in errors] == ["HTTP 503); trying again", "HTTP 502); trying again"]
+
+
 async def test_what_is_kept_for_a_new_connection_is_bounded(
     vendor: DeepgramServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,7 +383,7 @@ async def test_neither_key_nor_words_reach_the_log(
 
 
 def test_words_that_are_taken_back_end_their_utterance() -> None:
-    live = Live(EngineOptions(), Voice("mulaw", 8000, 8000), KEY)
+    live = Live(EngineOptions(), Voice("mulaw", 8000, 8000), "ws://localhost", KEY)
     live.audio(b"", 0.0, 2.0)
 
     def results(text: str, start: float, *, final: bool) -> list[Event]:
@@ -370,7 +404,7 @@ def test_words_that_are_taken_back_end_their_utterance() -> None:
 
 
 def test_what_is_new_to_it_is_passed_over() -> None:
-    live = Live(EngineOptions(), Voice("mulaw", 8000, 8000), KEY)
+    live = Live(EngineOptions(), Voice("mulaw", 8000, 8000), "ws://localhost", KEY)
     assert list(live.received('{"type":"ConfigureSuccess","request_id":"x","channel":7}')) == []
     assert list(live.received('{"type":"Results","channel":{}}')) == []
 

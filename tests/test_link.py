@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamsink.errors import SpeechError
-from streamsink.speech.stt.link import Timeline, read_key
+from streamsink.speech.stt.link import Timeline, read_key, service_url
 
 
 def test_time_sent_is_placed_in_the_audio_across_gaps() -> None:
@@ -55,3 +55,14 @@ def test_a_key_that_cannot_be_had_is_one_sentence(
         read_key("a", "A_KEY")
     for value in ("two words", "schlüssel"):
         assert value not in str(caught.value)
+
+
+def test_a_service_is_where_it_usually_is_or_where_it_was_put() -> None:
+    assert service_url("a", None, "wss://a.example/v1") == "wss://a.example/v1"
+    assert service_url("a", "ws://10.0.0.1:8080/v1", "wss://a.example/v1") == "ws://10.0.0.1:8080/v1"
+
+
+@pytest.mark.parametrize("url", ["https://a.example", "a.example", "wss:///v1", "wss://a.example/?model=x"])
+def test_a_url_of_no_websocket_is_one_sentence(url: str) -> None:
+    with pytest.raises(SpeechError, match=r"a: url is '.*'; wanted one such as wss://a\.example/v1, without a query"):
+        service_url("a", url, "wss://a.example/v1")

@@ -239,7 +239,7 @@ async def test_other_errors_leave_the_session_open(vendor: OpenAIServer) -> None
 
 
 def test_what_is_of_no_turn_is_passed_over() -> None:
-    turns = Turns(EngineOptions(), "gpt-transcribe", Voice("mulaw", 8000, 8000), KEY)
+    turns = Turns(EngineOptions(), "gpt-transcribe", Voice("mulaw", 8000, 8000), "ws://localhost", KEY)
     turns.open()
     transcription = "conversation.item.input_audio_transcription"
     for told in (

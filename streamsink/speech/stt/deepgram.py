@@ -13,7 +13,7 @@ import msgspec
 
 from streamsink.errors import SpeechError
 from streamsink.speech.events import SpeechEnded, SpeechStarted, Transcript, Word
-from streamsink.speech.stt.link import Dialect, LinkRecognition, Timeline, read_key
+from streamsink.speech.stt.link import Dialect, LinkRecognition, Timeline, read_key, service_url
 from streamsink.speech.transcription import Capabilities, Engine, EngineOptions, Event, Voice
 
 URL = "wss://api.deepgram.com/v1/listen"
@@ -84,11 +84,12 @@ class Deepgram(Engine):
         if options.grammar is not None or options.workers is not None:
             raise SpeechError("deepgram has neither a grammar nor workers of ours: leave both options out")
         self._options = options
+        self._url = service_url("deepgram", options.url, URL)
         self._key = read_key("deepgram", "DEEPGRAM_API_KEY")
 
     def open(self, voice: Voice) -> LinkRecognition:
         """Begin to listen to a track."""
-        return LinkRecognition(voice, Live(self._options, voice, self._key))
+        return LinkRecognition(voice, Live(self._options, voice, self._url, self._key))
 
 
 class Live(Dialect):
@@ -103,7 +104,7 @@ class Live(Dialect):
         403: "the key in DEEPGRAM_API_KEY may not use this model",
     }
 
-    def __init__(self, options: EngineOptions, voice: Voice, key: str) -> None:
+    def __init__(self, options: EngineOptions, voice: Voice, url: str, key: str) -> None:
         self._key = key
         self._language = options.language
         self._interim = options.interim
@@ -122,7 +123,7 @@ class Live(Dialect):
         if options.language is not None:
             query.append(("language", options.language))
         query += [("keyterm", phrase) for phrase in options.keywords]
-        self.url = f"{options.url or URL}?{urlencode(query)}"
+        self.url = f"{url}?{urlencode(query)}"
         self._settled = 0.0
         self._closing = False
         self._timeline = Timeline()

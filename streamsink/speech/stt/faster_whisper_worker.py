@@ -1,4 +1,4 @@
-"""The process in which faster-whisper works: between CTranslate2's calls it holds the GIL, and it wants a core long.
+"""The process in which faster-whisper works: it holds the GIL for 40 ms at a time, and wants a core for long.
 
 Run as ``python -m streamsink.speech.stt.faster_whisper_worker OPTIONS``, a JSON object.
 """

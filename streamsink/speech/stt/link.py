@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
@@ -328,6 +329,25 @@ class Timeline:
         at = bisect.bisect_left(self._anchors, moment, key=lambda anchor: anchor[0])
         sent, start = self._anchors[max(at - 1, 0)]
         return start + moment - sent
+
+
+def service_url(engine: str, url: str | None, usual: str) -> str:
+    """Where a vendor's service is.
+
+    Args:
+        engine: Whose it is, for messages.
+        url: What the user chose; None for where it usually is.
+        usual: Where that is.
+
+    Raises:
+        SpeechError: It is no URL of a WebSocket.
+    """
+    if url is None:
+        return usual
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname or parts.query or parts.fragment:
+        raise SpeechError(f"{engine}: url is {url!r}; wanted one such as {usual}, without a query")
+    return url
 
 
 def read_key(engine: str, variable: str) -> str:

@@ -17,7 +17,7 @@ import msgspec
 
 from streamsink.errors import SpeechError
 from streamsink.speech.events import EngineError, SpeechEnded, SpeechStarted, Transcript
-from streamsink.speech.stt.link import Dialect, LinkRecognition, Refused, Timeline, read_key
+from streamsink.speech.stt.link import Dialect, LinkRecognition, Refused, Timeline, read_key, service_url
 from streamsink.speech.transcription import Capabilities, Engine, EngineOptions, Event, Voice
 
 URL = "wss://api.openai.com/v1/realtime"
@@ -112,6 +112,7 @@ class OpenAI(Engine):
                 f"{self._model} takes no keywords: choose {' or '.join(WITH_KEYWORDS)}, or leave them out"
             )
         self._options = options
+        self._url = service_url("openai", options.url, URL)
         self._key = read_key("openai", "OPENAI_API_KEY")
         self.capabilities = Capabilities(
             rates=(24000,),
@@ -123,7 +124,7 @@ class OpenAI(Engine):
     def open(self, voice: Voice) -> LinkRecognition:
         """Begin to listen, to a track or to an utterance of one."""
         session = Turns if self.capabilities.endpointing else Utterance
-        return LinkRecognition(voice, session(self._options, self._model, voice, self._key))
+        return LinkRecognition(voice, session(self._options, self._model, voice, self._url, self._key))
 
 
 class _Session(Dialect):
@@ -136,9 +137,9 @@ class _Session(Dialect):
         404: "check the model",
     }
 
-    def __init__(self, options: EngineOptions, model: str, voice: Voice, key: str) -> None:
+    def __init__(self, options: EngineOptions, model: str, voice: Voice, url: str, key: str) -> None:
         # A model in the URL would make it a conversation, which cannot be turned into a transcription.
-        self.url = f"{options.url or URL}?intent=transcription"
+        self.url = f"{url}?intent=transcription"
         self._key = key
         self._interim = options.interim
         self._language = options.language
@@ -212,8 +213,8 @@ class _Session(Dialect):
 class Turns(_Session):
     """A track whole: the server finds the turns."""
 
-    def __init__(self, options: EngineOptions, model: str, voice: Voice, key: str) -> None:
-        super().__init__(options, model, voice, key)
+    def __init__(self, options: EngineOptions, model: str, voice: Voice, url: str, key: str) -> None:
+        super().__init__(options, model, voice, url, key)
         self._input["turn_detection"] = {
             "type": "server_vad",
             "prefix_padding_ms": PREFIX_MS,
@@ -345,8 +346,8 @@ class Turns(_Session):
 class Utterance(_Session):
     """One utterance, which we end."""
 
-    def __init__(self, options: EngineOptions, model: str, voice: Voice, key: str) -> None:
-        super().__init__(options, model, voice, key)
+    def __init__(self, options: EngineOptions, model: str, voice: Voice, url: str, key: str) -> None:
+        super().__init__(options, model, voice, url, key)
         self._sent = 0.0
         self._text = ""
         self._revision = 0
