@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as report
-from benchmarks import bench_endpoint, bench_path
+from benchmarks import bench_endpoint, bench_path, bench_playout
 from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
 from benchmarks.load import Result, Step, cpu_seconds, masked_frame, media_text, resident_bytes
 from streamsink.codec import CodecSpec
@@ -154,6 +154,30 @@ async def test_every_stage_of_the_path_is_timed(codec: str) -> None:
 async def test_a_codec_at_the_asked_rate_is_not_resampled() -> None:
     timings = await bench_path.stages(CodecSpec.parse("G722"), blocks=1)
     assert "resample" not in timings
+
+
+@pytest.mark.parametrize("pacer", list(bench_playout.PACERS))
+def test_streams_that_talk_are_listened_to(pacer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_playout, "WARMUP", 0.2)
+    seen = bench_playout.measure(pacer, streams=3, lead_ms=60, seconds=0.5)
+    assert seen.frames >= 3 * 15
+    assert 0 <= seen.p50_ms <= seen.p99_ms <= seen.p999_ms <= seen.worst_ms
+    assert seen.cpu_us > 0
+    assert len(seen.silenced_ms) == len(seen.cleared_ms) == 3
+    assert min(seen.cleared_ms) > 0
+    lines = bench_playout.table({(3, 60, pacer): seen}).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(bench_playout.barge_in_table({(3, 60, pacer): seen}).splitlines()) == (3 if pacer == "streamsink" else 2)
+
+
+def test_lateness_is_counted_from_the_first_frame_and_the_lead() -> None:
+    # Three frames of lead at once, then one each 20 ms, the last one 5 ms late and 10 ms too late for who plays them.
+    arrivals = [10.0, 10.0, 10.0, 10.02, 10.045]
+    assert bench_playout.lateness(arrivals, 3, since=0) == pytest.approx([0, 0, 0, 0, 0.005])
+    assert bench_playout.lateness(arrivals, 3, since=10.04) == pytest.approx([0.005])
+    assert bench_playout.underruns(arrivals, since=0) == 0
+    assert bench_playout.underruns([*arrivals, 10.11, 10.12, 10.2], since=0) == 2
+    assert bench_playout.underruns([*arrivals, 10.11, 10.12, 10.2], since=10.12) == 1
 
 
 def test_the_report_names_the_machine_but_not_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
