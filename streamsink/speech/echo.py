@@ -26,10 +26,20 @@ EARLIEST = 0.005
 """Seconds by which it may seem early. What comes before ours by a frame is a talker whom we are repeating."""
 EXPLAINED = 0.85
 """Share of a frame's energy that the filter must make for the frame to be echo."""
+PARTLY = 0.3
+"""Share that is enough where no more than noise is left."""
+LOUDEST_NOISE = 328.0**2
+"""Power; what is louder than -40 dBFS is not taken for noise."""
 LIKELY = 0.5
 """Share of the last `_FIT` that it must make for a place to be taken for the echo's."""
 FAINT = 40.0
 """RMS of a frame that is not worth looking at: -58 dBFS."""
+FALL = 0.2
+"""Share of the way down to a quieter frame that the line's noise goes with it."""
+RISE = 1.02
+"""Factor by which it may seem to rise with a frame: 4 dB a second."""
+_NOISE = np.random.default_rng(1).standard_normal(48_000 * 120 // 1000).astype(np.float32)
+"""Enough for the longest frame there is."""
 _TAPS = 12
 _FIT = 1600
 """Samples that the filter is fitted to."""
@@ -49,7 +59,9 @@ Floats = NDArray[np.float32]
 
 
 class EchoGate:
-    """Silences the frames of a track that are nothing but our own voice.
+    """Puts noise, as loud as the line's own, in place of the frames of a track that are nothing but our own voice.
+
+    Not silence: beside that, a detector would take the line's noise for somebody.
 
     Args:
         rate: Hz of the frames, ours and the far end's.
@@ -65,6 +77,8 @@ class EchoGate:
         self._lag: int | None = None
         # Position on the inbound clock behind which nothing of ours can come back any more.
         self._over_at = -1
+        # Power of the line's noise; None before the first frame that is looked at.
+        self._noise: float | None = None
         # Where it was searched for last, and how often in vain.
         self._searched_at = 0
         self._in_vain = 0
@@ -80,38 +94,43 @@ class EchoGate:
         self._over_at = max(self._over_at, start + len(samples) + round(LATEST * self._rate))
 
     def clean(self, frame: Frame) -> Frame:
-        """The frame that has just arrived, or silence in its place where it is echo."""
+        """The frame that has just arrived, or noise in its place where it is echo."""
         offset = self._clock() - (frame.start + len(frame.samples)) / self._rate
         # A clock that runs 500 ppm slow is followed; a frame that is late is not.
         slack = 0.0005 * len(frame.samples) / self._rate
         self._offset = offset if self._offset is None else min(offset, self._offset + slack)
         if frame.start >= self._over_at:
             return frame
-        heard = self._theirs.push(frame.samples, frame.start)
-        if not self._is_echo(heard):
-            return frame
-        silence: Samples = np.zeros(len(frame.samples), np.int16)
-        silence.setflags(write=False)
-        return Frame(silence, frame.sample_rate, frame.track, frame.start, frame.lost, frame.sequence)
-
-    def _is_echo(self, count: int) -> bool:
-        """Whether the newest ``count`` samples, at 8000 Hz, are echo."""
+        count = self._theirs.push(frame.samples, frame.start)
         newest = self._theirs.newest(count)
-        energy = float(newest @ newest)
-        if energy <= FAINT * FAINT * count:
-            return False
-        if self._lag is not None and self._explained(self._lag, count)[1] >= EXPLAINED:
-            return True
+        power = float(newest @ newest) / count if count else 0.0
+        noise = power if self._noise is None else self._noise
+        explained = 0.0
+        if power > FAINT * FAINT:
+            if self._lag is not None:
+                explained = self._explained(self._lag, count)[1]
+            if not _is_echo(explained, power, noise):
+                explained = self._search(count, explained)
+        rest = power * (1.0 - explained)
+        self._noise = noise + FALL * (rest - noise) if rest < noise else min(rest, noise * RISE)
+        if not _is_echo(explained, power, noise):
+            return frame
+        samples = (_NOISE[: len(frame.samples)] * np.float32(self._noise**0.5)).astype(np.int16)
+        samples.setflags(write=False)
+        return Frame(samples, frame.sample_rate, frame.track, frame.start, frame.lost, frame.sequence)
+
+    def _search(self, count: int, explained: float) -> float:
+        """Look where else an echo may be; returns the share of the newest ``count`` samples that is one then."""
         if self._theirs.end - self._searched_at < _EVERY * min(1 + self._in_vain // 4, 20):
-            return False
+            return explained
         self._searched_at = self._theirs.end
         (lately, now), lag = max((self._explained(lag, count), lag) for lag in self._candidates())
         if lately < LIKELY:
             self._in_vain += 1
-            return False
+            return explained
         self._in_vain = 0
         self._lag = lag
-        return now >= EXPLAINED
+        return now
 
     def _candidates(self) -> list[int]:
         """The lags at which ours is most like theirs, in samples."""
@@ -142,6 +161,12 @@ class EchoGate:
         square.flat[:: _TAPS + 1] += 1e-5 * np.trace(square) / _TAPS + 1.0
         rest = theirs - shifted @ np.linalg.solve(square, shifted.T @ theirs)
         return _share(rest, theirs), _share(rest[-count:], theirs[-count:])
+
+
+def _is_echo(explained: float, power: float, noise: float) -> bool:
+    """Whether a frame is echo and nothing else, but for the line's noise."""
+    rest = power * (1.0 - explained)
+    return explained >= EXPLAINED or (explained >= PARTLY and rest <= 2.0 * min(noise, LOUDEST_NOISE))
 
 
 def _even(samples: Floats) -> Floats:
