@@ -6,23 +6,26 @@ against the package itself where that is installed; the worker processes, the po
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from streamsink.audio import Samples
 from streamsink.errors import SpeechError
 from streamsink.speech.events import EngineError, Transcript
 from streamsink.speech.stt.sherpa_onnx import words_of
+from streamsink.speech.stt.worker import Worker
 from streamsink.speech.transcription import Engine, EngineOptions, Event, Voice, find_engine
 from tests.vendors import say, silence
 
@@ -269,6 +272,63 @@ async def test_an_utterance_that_kills_its_worker_is_lost_alone(model: MakeModel
         events = await transcribed(engine, deadly)
         assert events == [EngineError("two workers died of the same utterance, or at the same time", recoverable=False)]
         assert final(await transcribed(engine, say("five", rate=16000))).text == "five"
+
+
+# --- The workers' own code, in this process ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Imports a worker's module on top of a stand-in, and forgets both afterwards."""
+    before = dict(sys.modules)
+    # The worker sets it.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def load(name: str) -> Any:
+        package = PACKAGES[name]
+        for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+            del sys.modules[module]
+        return importlib.import_module(f"streamsink.speech.stt.{package}_worker")
+
+    yield load
+    for module in set(sys.modules) - set(before):
+        if module.partition(".")[0] in PACKAGES.values() or module.endswith("_worker"):
+            del sys.modules[module]
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_worker_answers_every_message_once(
+    name: str, worker_module: Callable[[str], Any], model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = worker_module(name)
+    options = EngineOptions(model=model(*FILES[name]))
+    settings = json.dumps(find_engine(name, options).settings(options))  # type: ignore[attr-defined]
+    working: list[Worker] = []
+    monkeypatch.setattr(Worker, "work", lambda worker: working.append(worker))
+    monkeypatch.setattr(sys, "argv", ["worker", settings])
+    module.main()
+    (worker,) = working
+
+    def ask(do: str, number: int = 3, **more: Any) -> dict[str, Any]:
+        (answer,) = worker.reply({"do": do, "decoder": number, "question": 7, **more})
+        assert answer["question"] == 7
+        assert answer["busy"] >= 0
+        return answer
+
+    assert "error" not in ask("load", 0)
+    for _ in range(2):
+        assert "error" not in ask("begin")
+        spoken = say("one", "two", rate=16000).tobytes()
+        interim = ask("audio", audio=spoken, interim=True)["text"]
+        assert interim == {"sherpa-onnx": "one", "vosk": "one two", "faster-whisper": None}[name]
+        assert ask("audio", audio=silence(0.6, 16000).tobytes(), interim=False)["text"] is None
+        told = ask("end")
+        assert told["text"] == "one two"
+        assert [word for word, _, _ in told["words"]] == ["one", "two"]
+        msgspec.msgpack.encode(told)
+    # What raises is named and not quoted: it might quote what was said.
+    assert ask("end")["error"] == "KeyError"
 
 
 # --- The stand-ins against what they stand for -----------------------------------------------------------------------
