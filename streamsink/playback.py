@@ -356,10 +356,9 @@ class Playback:
 
     def fed(self, seconds: float) -> None:
         """So much more audio is there, or a source has come to its end."""
-        if not self._closed:
-            self._queued += seconds
-            self._fed_at = self.clock()
-            self._advance_and_wake()
+        self._queued += seconds
+        self._fed_at = self.clock()
+        self._advance_and_wake()
 
     def mark_echoed(self, name: str, now: float) -> bool:
         """A mark came back.

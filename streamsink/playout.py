@@ -325,14 +325,16 @@ class Feed:
         """Nothing more is wanted: the source is closed."""
         self.chunks.clear()
         self.count = 0
-        if not self._stopped:
-            self._stopped = True
-            if self._entered:
-                assert self._task is not None
-                self._task.cancel()
-            elif not self.ended:
-                # A task that is cancelled before its first step would close nothing.
-                self._start()
+        stopped, self._stopped = self._stopped, True
+        if stopped or self.ended:
+            # It is closed, or about to be.
+            return
+        if self._entered:
+            assert self._task is not None
+            self._task.cancel()
+        else:
+            # A task that is cancelled before its first step would close nothing.
+            self._start()
 
     def _start(self) -> None:
         if self._task is None:
@@ -361,7 +363,8 @@ class Feed:
     async def _pull(self, iterator: AsyncIterator[Audio]) -> None:
         async for chunk in iterator:
             if self._stopped:
-                return
+                # The source has swallowed it.
+                raise asyncio.CancelledError
             check_samples("an iterator of audio", chunk)
             if not self._playout.rate:
                 self._playout.rate = check_rate(getattr(self._source, "sample_rate", None))

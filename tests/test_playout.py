@@ -318,3 +318,38 @@ def test_the_pieces_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
             far_end.playback.play(ramp(0), 8000)
     far_end.run(2)
     far_end.playback.play(ramp(0), 8000)
+
+
+async def test_an_empty_chunk_is_passed_over() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(Source([ramp(0), ramp(160), ramp(0)]), 8000)
+    await far_end.live(0.1)
+    assert far_end.audio.tolist() == ramp(160).tolist()
+
+
+async def test_marks_between_sources_hold_none_of_them_up() -> None:
+    far_end = FarEnd()
+    far_end.playback.play(ramp(1600), 8000)
+    far_end.playback.mark("between")
+    far_end.playback.play(Source([ramp(160)]), 8000)
+    far_end.playback.mark("behind")
+    await far_end.live(0.4)
+    assert far_end.events == "m" * 10 + "k" + "m" + "k"
+
+
+async def test_a_source_that_takes_its_time_to_close_is_not_cut_short() -> None:
+    gate = asyncio.Event()
+
+    class Slow(Source):
+        async def aclose(self) -> None:
+            await gate.wait()
+            await super().aclose()
+
+    far_end = FarEnd()
+    source = Slow([ramp(160)])
+    waiter = asyncio.ensure_future(wait(far_end.playback.play(source, 8000)))
+    await far_end.live(0.1)
+    assert await waiter == Played(Outcome.FINISHED, 20)
+    gate.set()
+    await settle()
+    assert source.closed == 1
