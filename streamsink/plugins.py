@@ -118,6 +118,14 @@ class Plugin:
     processor: type[Processor]
     options: dict[str, Any]
 
+    @property
+    def calls_say(self) -> bool:
+        """Whether its code calls something named ``say``, as far as can be seen without running it."""
+        values = [value for cls in self.processor.__mro__ for value in vars(cls).values()]
+        if issubclass(self.processor, FunctionProcessor):
+            values.append(self.processor.function)
+        return any(_names(value.__code__, "say") for value in values if inspect.isfunction(value))
+
     def build(self) -> Processor:
         """Make an instance.
 
@@ -137,6 +145,11 @@ class Plugin:
         _check_rate(self.name, rate)
         _check_vad(self.name, vad)
         return instance
+
+
+def _names(code: types.CodeType, name: str) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return name in code.co_names or any(_names(constant, name) for constant in inner)
 
 
 def find(spec: str) -> Plugin:

@@ -57,13 +57,14 @@ class Processor:
     Attributes:
         sample_rate: Ask for a rate in Hz and get it; None takes audio as it comes.
         speaks: Whether the processor may send audio back.
-        says: Whether it says texts: what speaks is then started with the endpoint and not with the first text.
+        says: Whether it says texts: what speaks is then started with the endpoint, which says so where that cannot be.
+            None: it is started ahead, if it can be, where the processor's code calls ``say``.
         vad: Ask for voice activity detection and get ``on_speech``; read once ``__init__`` is over.
     """
 
     sample_rate: int | None = None
     speaks: bool = True
-    says: bool = False
+    says: bool | None = None
     vad: VadSettings | None = None
 
     async def on_start(self, stream: Stream) -> None:

@@ -127,11 +127,14 @@ class Server:
         self.pipelines: dict[str, list[Plugin]] = {
             name: [find(spec) for spec in pipeline.processors] for name, pipeline in self.settings.pipelines.items()
         }
-        self._says = False
+        # Whether a processor is no use without what speaks, and whether one may use it.
+        self._must_speak = self._may_speak = False
         for plugins in self.pipelines.values():
             for plugin in plugins:
                 # Options that do not fit are told now, not by every stream.
-                self._says |= plugin.build().says
+                says = plugin.build().says
+                self._must_speak |= says is True
+                self._may_speak |= says is None and plugin.calls_say
         self.certificate: Path | None = None
         self._context: ssl.SSLContext | None = None
         self._reloader: tls.CertificateReloader | None = None
@@ -143,6 +146,7 @@ class Server:
         self._uvicorn: _Uvicorn | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._watchdog: Watchdog | None = None
+        self._warming: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         # The event loop's, to be put back.
         self._handler_before: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object] | None = None
@@ -225,8 +229,8 @@ class Server:
             self.bind()
         loop = asyncio.get_running_loop()
         endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
-        if self._says:
-            await self._start_to_speak(endpoint)
+        if self._must_speak:
+            await self._get_ready_to_speak(endpoint)
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(_on_loop_exception)
         self.metrics.register(endpoint.room)
@@ -250,15 +254,26 @@ class Server:
         # What is imported and made by now stays: a full collection would walk it, 7 ms, again and again.
         gc.collect()
         gc.freeze()
+        if self._may_speak and not self._must_speak:
+            self._warming = asyncio.create_task(self._warm(endpoint))
         self._watchdog = Watchdog(loop, self.metrics.observe_lag)
         self._watchdog.start()
 
-    async def _start_to_speak(self, endpoint: Endpoint) -> None:
+    async def _get_ready_to_speak(self, endpoint: Endpoint) -> None:
         try:
             await endpoint.synthesizer.open()
         except SpeechError:
             await endpoint.synthesizer.close()
+            if self._socket is not None:
+                self._socket.close()
             raise
+
+    async def _warm(self, endpoint: Endpoint) -> None:
+        """Start what speaks before it is asked to: the first text would wait for it for a quarter of a second."""
+        try:
+            await endpoint.synthesizer.open()
+        except SpeechError as error:
+            log.warning("a processor that wants to say something cannot", cause=str(error))
 
     def _uvicorn_config(self, app: ASGIApp, endpoint: Endpoint) -> uvicorn.Config:
         # uvicorn builds these classes itself, so what they need beyond its own arguments hangs on the class.
@@ -335,6 +350,9 @@ class Server:
             self._watchdog.stop()
         await asyncio.to_thread(self.endpoint.detectors.close)
         await self.endpoint.synthesizer.close()
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.wait({self._warming})
         await asyncio.to_thread(self.endpoint.delivery.close, DELIVERY_SECONDS)
         asyncio.get_running_loop().set_exception_handler(self._handler_before)
         log.info("stopped")

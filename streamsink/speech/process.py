@@ -72,8 +72,10 @@ class ProcessSynthesizer(Synthesizer):
     async def close(self) -> None:
         """End the child."""
         self._closed = True
+        if self._working is not None:
+            self._working.cancel()
+            await asyncio.wait({self._working})
         if self._child is not None:
-            self._child.kill()
             await self._child.close()
 
     async def _exchange(self, text: str, voice: str) -> list[Spoken]:
