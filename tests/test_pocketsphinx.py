@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import soundfile
 
 from streamsink.codec import CodecSpec, Resampler
@@ -23,6 +24,8 @@ from streamsink.speech.transcription import EngineOptions, Event, Recognition, V
 from streamsink.speech.transcription_counts import counts
 
 pytest.importorskip("pocketsphinx", reason="needs the speech extra")
+
+on_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 TESTDATA = Path(os.environ.get("STREAMSINK_TESTDATA", Path(__file__).parents[2] / "shared" / "testdata")) / "speech"
 needs_speech = pytest.mark.skipif(not TESTDATA.is_dir(), reason=f"needs recorded speech; there is no {TESTDATA}")
@@ -72,49 +75,80 @@ async def said(engine: Pocketsphinx, audio: bytes, voice: Voice) -> str:
     return final.text
 
 
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def started() -> AsyncIterator[Pocketsphinx]:
+    """An engine with one worker, for all tests that need no other: it takes a second to start."""
+    async with engine() as started:
+        yield started
+
+
+@pytest.fixture
+def made(started: Pocketsphinx) -> Iterator[Pocketsphinx]:
+    """That engine; whatever a test does to it, all its decoders are free afterwards."""
+    yield started
+    assert free(started) == [list(range(DECODERS))]
+
+
+def free(engine: Pocketsphinx) -> list[list[int]]:
+    """Each worker's free decoders."""
+    assert engine._pool is not None
+    return [worker.free for worker in engine._pool._workers]
+
+
+@on_one_loop
 @needs_speech
-async def test_words_with_their_times_and_interims_on_the_way() -> None:
-    async with engine() as made:
-        audio = speech("flite-rms_s1")
-        recognition = made.open(voice())
-        told: list[Event] = []
+async def test_words_with_their_times_and_interims_on_the_way(made: Pocketsphinx) -> None:
+    audio = speech("flite-rms_s1")
+    recognition = made.open(voice())
+    told: list[Event] = []
 
-        async def listen() -> None:
-            async for event in recognition:
-                told.append(event)
-                more.set()
+    async def listen() -> None:
+        async for event in recognition:
+            told.append(event)
+            more.set()
 
-        more = asyncio.Event()
-        listening = asyncio.ensure_future(listen())
-        for start in range(0, SECOND * 3, SECOND // 10):
-            recognition.push(audio[start : start + SECOND // 10])
-            if start == SECOND * 2:
-                # Nothing else is waiting by then.
-                await more.wait()
-        recognition.push(audio[SECOND * 3 :])
-        recognition.finish()
-        await listening
-        *interims, final = [event for event in told if isinstance(event, Transcript)]
-        assert len(told) == len(interims) + 1
-        assert interims
-        assert not any(interim.final for interim in interims)
-        assert (final.text, final.final, final.language) == (BRIDGE, True, "en-US")
-        assert " ".join(word.word for word in final.words) == BRIDGE
-        assert (final.start, final.end) == (final.words[0].start, final.words[-1].end)
-        # The file has 0.1 s of silence before its first word, we added 0.3.
-        assert 0.3 < final.start < 0.6
-        assert final.confidence is not None
-        assert 0.3 < final.confidence <= 1.0
-        # A telephone's band, from its first word on; the track's mean is kept.
-        telephone = voice(8000)
-        assert await said(made, speech("flite-rms_s1", "PCMU"), telephone) == BRIDGE
-        mean = telephone.memory["cepstral mean"]
-        assert mean != pocketsphinx.TELEPHONE_MEAN
-        assert await said(made, speech("flite-rms_s2", "PCMU"), telephone) == "please leave a message after the tone"
-        assert telephone.memory["cepstral mean"] != mean
-        assert await said(made, bytes(SECOND), voice()) == ""
+    more = asyncio.Event()
+    listening = asyncio.ensure_future(listen())
+    for start in range(0, SECOND * 3, SECOND // 10):
+        recognition.push(audio[start : start + SECOND // 10])
+        if start == SECOND * 2:
+            # Nothing else is waiting by then.
+            await more.wait()
+    recognition.push(audio[SECOND * 3 :])
+    recognition.finish()
+    await listening
+    *interims, final = [event for event in told if isinstance(event, Transcript)]
+    assert len(told) == len(interims) + 1
+    assert interims
+    assert not any(interim.final for interim in interims)
+    assert (final.text, final.final, final.language) == (BRIDGE, True, "en-US")
+    assert " ".join(word.word for word in final.words) == BRIDGE
+    assert (final.start, final.end) == (final.words[0].start, final.words[-1].end)
+    # The file has 0.1 s of silence before its first word, we added 0.3.
+    assert 0.3 < final.start < 0.6
+    assert final.confidence is not None
+    assert 0.3 < final.confidence <= 1.0
+    # Who is behind gets no interims.
+    dropped = counts.dropped["interim"]
+    late = made.open(voice())
+    late.push(audio[: SECOND * 2])
+    for start in range(SECOND * 2, len(audio), SECOND // 10):
+        late.push(audio[start : start + SECOND // 10])
+    late.finish()
+    first = (await events(late))[0]
+    assert isinstance(first, Transcript)
+    assert counts.dropped["interim"] > dropped
+    # A telephone's band, from its first word on; the track's mean is kept.
+    telephone = voice(8000)
+    assert await said(made, speech("flite-rms_s1", "PCMU"), telephone) == BRIDGE
+    mean = telephone.memory["cepstral mean"]
+    assert mean != pocketsphinx.TELEPHONE_MEAN
+    assert await said(made, speech("flite-rms_s2", "PCMU"), telephone) == "please leave a message after the tone"
+    assert telephone.memory["cepstral mean"] != mean
+    assert await said(made, bytes(SECOND), voice()) == ""
 
 
+@on_one_loop
 @needs_speech
 async def test_a_grammar_of_cards_is_recognised_exactly(tmp_path: Path) -> None:
     grammar = tmp_path / "cards.jsgf"
@@ -134,6 +168,7 @@ async def test_a_grammar_of_cards_is_recognised_exactly(tmp_path: Path) -> None:
         assert [word.word for word in final.words] == final.text.split()
 
 
+@on_one_loop
 @needs_speech
 async def test_keywords_are_found_among_other_words() -> None:
     async with engine(keywords=("conference bridge/1e-30", "next tuesday/1e-20", "test")) as made:
@@ -142,27 +177,27 @@ async def test_keywords_are_found_among_other_words() -> None:
         assert await said(made, speech("flite-rms_s2"), voice()) == ""
 
 
+@on_one_loop
 @needs_speech
-async def test_a_killed_worker_costs_no_word() -> None:
-    async with engine() as made:
-        audio = speech("flite-rms_s1")
-        recognition = made.open(voice())
-        told = aiter(recognition)
-        for start in range(0, SECOND * 2, SECOND // 10):
-            recognition.push(audio[start : start + SECOND // 10])
-        first = await anext(told)
-        assert isinstance(first, Transcript)
-        (pid,) = made.pids
-        retried, deaths = counts.retried, counts.deaths
-        os.kill(pid, signal.SIGKILL)
-        recognition.push(audio[SECOND * 2 :])
-        recognition.finish()
-        final = [event async for event in told][-1]
-        assert isinstance(final, Transcript)
-        assert (final.text, final.final) == (BRIDGE, True)
-        assert (counts.retried, counts.deaths) == (retried + 1, deaths + 1)
-        assert len(made.pids) == 1
-        assert made.pids != [pid]
+async def test_a_killed_worker_costs_no_word(made: Pocketsphinx) -> None:
+    audio = speech("flite-rms_s1")
+    recognition = made.open(voice())
+    told = aiter(recognition)
+    for start in range(0, SECOND * 2, SECOND // 10):
+        recognition.push(audio[start : start + SECOND // 10])
+    first = await anext(told)
+    assert isinstance(first, Transcript)
+    (pid,) = made.pids
+    retried, deaths = counts.retried, counts.deaths
+    os.kill(pid, signal.SIGKILL)
+    recognition.push(audio[SECOND * 2 :])
+    recognition.finish()
+    final = [event async for event in told][-1]
+    assert isinstance(final, Transcript)
+    assert (final.text, final.final) == (BRIDGE, True)
+    assert (counts.retried, counts.deaths) == (retried + 1, deaths + 1)
+    assert len(made.pids) == 1
+    assert made.pids != [pid]
 
 
 @pytest.fixture
@@ -185,50 +220,53 @@ def strike(monkeypatch: pytest.MonkeyPatch) -> list[signal.Signals]:
     return signals
 
 
-async def test_an_utterance_that_kills_twice_is_given_up_and_others_go_on(strike: list[signal.Signals]) -> None:
-    async with engine() as made:
-        strike += [signal.SIGKILL, signal.SIGKILL]
-        recognition = made.open(voice())
-        recognition.push(bytes(SECOND))
-        recognition.finish()
-        assert await events(recognition) == [
-            EngineError("two workers died of the same utterance, or at the same time", recoverable=False)
-        ]
-        assert await said(made, bytes(SECOND), voice()) == ""
+@on_one_loop
+async def test_an_utterance_that_kills_twice_is_given_up_and_others_go_on(
+    made: Pocketsphinx, strike: list[signal.Signals]
+) -> None:
+    strike += [signal.SIGKILL, signal.SIGKILL]
+    recognition = made.open(voice())
+    recognition.push(bytes(SECOND))
+    recognition.finish()
+    assert await events(recognition) == [
+        EngineError("two workers died of the same utterance, or at the same time", recoverable=False)
+    ]
+    assert await said(made, bytes(SECOND), voice()) == ""
 
 
-async def test_a_worker_that_is_stuck_is_ended(strike: list[signal.Signals]) -> None:
-    async with engine() as made:
-        (pid,) = made.pids
-        strike.append(signal.SIGSTOP)
-        assert await said(made, bytes(SECOND), voice()) == ""
-        assert made.pids
-        assert made.pids != [pid]
+@on_one_loop
+async def test_a_worker_that_is_stuck_is_ended(made: Pocketsphinx, strike: list[signal.Signals]) -> None:
+    (pid,) = made.pids
+    strike.append(signal.SIGSTOP)
+    assert await said(made, bytes(SECOND), voice()) == ""
+    assert made.pids
+    assert made.pids != [pid]
 
 
+@on_one_loop
 async def test_a_worker_that_cannot_be_replaced_is_tried_again(
-    strike: list[signal.Signals], monkeypatch: pytest.MonkeyPatch
+    made: Pocketsphinx, strike: list[signal.Signals], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "START_AGAIN", (0.0, 0.0))
-    async with engine() as made:
-        start = pool._Worker.start
-        refusals = [OSError(11, "no room"), SpeechError("no model"), ChildDied("at once")]
+    start = pool._Worker.start
+    refusals = [OSError(11, "no room"), SpeechError("no model"), ChildDied("at once")]
 
-        async def refused(worker: pool._Worker) -> None:
-            if refusals:
-                raise refusals.pop()
-            await start(worker)
+    async def refused(worker: pool._Worker) -> None:
+        if refusals:
+            raise refusals.pop()
+        await start(worker)
 
-        monkeypatch.setattr(pool._Worker, "start", refused)
-        strike.append(signal.SIGKILL)
-        assert await said(made, bytes(SECOND), voice()) == ""
-        assert refusals == []
+    monkeypatch.setattr(pool._Worker, "start", refused)
+    strike.append(signal.SIGKILL)
+    assert await said(made, bytes(SECOND), voice()) == ""
+    assert refusals == []
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [(ChildDied("it died"), "does not start: it died; standard error"), (OSError(11, "no room"), "start: no room")],
 )
+@on_one_loop
 async def test_workers_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
     async def refused(worker: pool._Worker) -> None:
         raise error
@@ -239,35 +277,51 @@ async def test_workers_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatc
             pass
 
 
-async def test_who_finds_no_decoder_waits_and_too_many_are_holes() -> None:
-    async with engine() as made:
-        talking = [made.open(voice()) for _ in range(DECODERS)]
-        waiting = [made.open(voice()) for _ in range(MOST_QUEUED)]
-        one_too_many = made.open(voice())
-        for recognition in (*talking, *waiting):
-            recognition.push(bytes(SECOND // 10))
-        assert await events(one_too_many) == [
-            EngineError(f"{MOST_QUEUED} utterances wait for a decoder: more cores or fewer talkers", recoverable=False)
-        ]
-        await waiting[0].close()
-        for recognition in (*talking, *waiting[1:]):
-            recognition.finish()
-        for recognition in (*talking, *waiting[1:]):
-            final = (await events(recognition))[-1]
-            assert isinstance(final, Transcript)
-            assert final.final
+@on_one_loop
+async def test_who_finds_no_decoder_waits_and_too_many_are_holes(made: Pocketsphinx) -> None:
+    talking = [made.open(voice()) for _ in range(DECODERS)]
+    waiting = [made.open(voice()) for _ in range(MOST_QUEUED)]
+    one_too_many = made.open(voice())
+    for recognition in (*talking, *waiting):
+        recognition.push(bytes(SECOND // 10))
+    assert await events(one_too_many) == [
+        EngineError(f"{MOST_QUEUED} utterances wait for a decoder: more cores or fewer talkers", recoverable=False)
+    ]
+    await waiting[0].close()
+    for recognition in (*talking, *waiting[1:]):
+        recognition.finish()
+    for recognition in (*talking, *waiting[1:]):
+        final = (await events(recognition))[-1]
+        assert isinstance(final, Transcript)
+        assert final.final
 
 
-async def test_workers_that_fall_behind_cost_the_utterance() -> None:
-    async with engine() as made:
-        recognition = made.open(voice())
-        for _ in range(11):
-            recognition.push(bytes(SECOND))
-        assert await events(recognition) == [
-            EngineError("the workers are 10 s behind: more cores or fewer talkers", recoverable=False)
-        ]
+@on_one_loop
+async def test_who_gives_up_as_its_turn_comes_gives_it_on(made: Pocketsphinx) -> None:
+    assert made._pool is not None
+    async with contextlib.AsyncExitStack() as others:
+        for _ in range(DECODERS - 1):
+            await others.enter_async_context(made._pool.lease())
+        async with made._pool.lease():
+            waiting = asyncio.ensure_future(made._pool.lease().__aenter__())
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert free(made) == [[DECODERS - 1]]
 
 
+@on_one_loop
+async def test_workers_that_fall_behind_cost_the_utterance(made: Pocketsphinx) -> None:
+    recognition = made.open(voice())
+    for _ in range(11):
+        recognition.push(bytes(SECOND))
+    assert await events(recognition) == [
+        EngineError("the workers are 10 s behind: more cores or fewer talkers", recoverable=False)
+    ]
+
+
+@on_one_loop
 async def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "STUCK", 0.01)
     with pytest.raises(SpeechError, match=r"no decoder was free for 0\.01 s"):
@@ -300,6 +354,7 @@ def test_a_missing_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         Pocketsphinx(EngineOptions())
 
 
+@on_one_loop
 async def test_what_the_workers_cannot_load_is_told_at_the_start(tmp_path: Path) -> None:
     grammar = tmp_path / "broken.jsgf"
     grammar.write_text("#JSGF V1.0;\ngrammar x;\npublic <x> = qwertzuiop;\n")
@@ -308,6 +363,7 @@ async def test_what_the_workers_cannot_load_is_told_at_the_start(tmp_path: Path)
             pass
 
 
+@on_one_loop
 async def test_a_model_of_ones_own(tmp_path: Path) -> None:
     from pocketsphinx import get_model_path
 

@@ -29,6 +29,7 @@ from streamsink.server import Server
 from streamsink.simulator import SimulateOptions, simulate
 from streamsink.speech import diarization, shared
 from streamsink.speech.events import EngineError, Speech, SpeechChange, Transcript, VadSettings
+from streamsink.speech.transcriber import Transcriber
 from streamsink.speech.transcription import Capabilities, Engine, EngineOptions, Event, Recognition, Voice
 from streamsink.stream import Stream
 from streamsink.tls import CERTIFICATE_FILE
@@ -333,6 +334,39 @@ async def test_what_goes_by_while_an_engine_loads_is_a_hole(tmp_path: Path, monk
         (0.0, 0.5, True),
         (1.1, 1.4, False),
     ]
+
+
+async def test_who_talks_while_an_engine_loads_is_heard_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = asyncio.Event()
+    monkeypatch.setattr(Gated, "loads", loaded.wait)
+    monkeypatch.setattr(transcribe, "LOADING", 0.0)
+    async with a_call(tmp_path, (Track.INBOUND, Track.OUTBOUND)) as call:
+        call.processor.on_frame(frame(counting(0, 160)))
+        call.processor.on_speech(Speech(SpeechChange.STARTED, 0.0, Track.INBOUND))
+        call.talk(0.0, 0.02, Track.OUTBOUND)
+        loaded.set()
+        await asyncio.wait({call.processor._loading})
+        call.processor.on_frame(frame(counting(160, 160), 160))
+        call.processor.on_frame(frame(counting(160, 160), 160, track=Track.OUTBOUND))
+    said = [(line["start"], line["track"]) for line in call.lines if not line["dropped"]]
+    assert said == [(0.12, "inbound")]
+
+
+async def test_a_stop_that_is_cancelled_still_names_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(transcriber: Transcriber, patience: float) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Transcriber, "finish", never)
+    async with a_call(tmp_path, stopped=False) as call:
+        call.talk(0.0, 0.5)
+        stopping = asyncio.ensure_future(call.processor.on_stop("stop"))
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+    assert f"{call.stream.stem}.vtt" in names(tmp_path)
 
 
 async def test_an_engine_that_cannot_be_loaded_retires_the_processor(

@@ -233,6 +233,35 @@ async def test_an_engine_may_drop_an_utterance_itself_and_goes_on() -> None:
     ]
 
 
+async def test_a_track_whose_engine_gave_up_is_tried_again_and_the_time_between_is_a_hole() -> None:
+    class GivesUp(Recognition):
+        async def run(self) -> None:
+            await anext(aiter(self.audio))
+            raise SpeechError("no credit")
+
+    class Broke(Fake):
+        def open(self, voice: Voice) -> Recognition:
+            opened.append(GivesUp(voice))
+            return opened[-1]
+
+    opened: list[Recognition] = []
+    track = Track1(Broke(endpointing=True))
+    for number in range(12):
+        track.frames(float(number), 1.0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+    told = await track.end()
+    assert len(opened) == 2
+    assert [event for event in told if isinstance(event, EngineError)] == [
+        EngineError("no credit", False, Track.OUTBOUND)
+    ] * 2
+    holes = [event for event in told if isinstance(event, Transcript)]
+    assert [(hole.utterance, hole.start, hole.end, hole.dropped) for hole in holes] == [
+        (0, 1.0, 6.0, True),
+        (1, 6.0, 12.0, True),
+    ]
+
+
 async def test_what_does_not_come_in_time_is_a_hole() -> None:
     engine = Fake()
     engine.hangs = True

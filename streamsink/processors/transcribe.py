@@ -15,7 +15,7 @@ from streamsink.errors import SpeechError
 from streamsink.processor import Processor
 from streamsink.processors.transcript import Line, TranscriptPart, line_of
 from streamsink.speech.diarization import Diarization, find_diarizer
-from streamsink.speech.events import EngineError, Speech, SpeechEnded, Transcript, VadSettings
+from streamsink.speech.events import EngineError, Speech, SpeechChange, SpeechEnded, Transcript, VadSettings
 from streamsink.speech.shared import Shared
 from streamsink.speech.transcriber import Transcriber
 from streamsink.speech.transcription import Engine, EngineOptions, Event, find_engine
@@ -106,6 +106,8 @@ class Transcribe(Processor):
         self._engine: Engine | None = None
         self._transcribers: dict[Track, Transcriber] = {}
         self._diarizations: dict[Track, Diarization] = {}
+        # Who talks on a track that has no transcriber yet.
+        self._talking: dict[Track, Speech] = {}
         # Seconds of each track that went by while the engine was loading.
         self._missed: dict[Track, float] = {}
         # When the talker of an utterance stopped, until its final comes.
@@ -169,6 +171,9 @@ class Transcribe(Processor):
         if self._find_diarizer is not None:
             self._diarizations[frame.track].frame(frame)
         transcriber.frame(frame)
+        if frame.track in self._talking:
+            # Somebody began while the engine was loading.
+            transcriber.speech(self._talking.pop(frame.track))
 
     def _begin(self, engine: Engine, frame: Frame) -> Transcriber:
         track = frame.track
@@ -190,6 +195,10 @@ class Transcribe(Processor):
         transcriber = self._transcribers.get(event.track)
         if transcriber is not None:
             transcriber.speech(event)
+        elif event.change is SpeechChange.STARTED:
+            self._talking[event.track] = event
+        else:
+            self._talking.pop(event.track, None)
 
     def _heard(self, event: Event) -> None:
         """Take what an engine says, in order, on the media clock."""
@@ -261,8 +270,8 @@ class Transcribe(Processor):
         finally:
             self._use.end()
             self._finals.put_nowait(None)
-        try:
-            await self._keeping
-        finally:
-            await asyncio.to_thread(self._part.finish)
+            try:
+                await self._keeping
+            finally:
+                await asyncio.to_thread(self._part.finish)
         self._log.info("transcribed", file=self._part.path.name)

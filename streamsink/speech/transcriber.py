@@ -36,6 +36,8 @@ REMEMBERED = 4.0
 """Seconds of audio kept for a start of speech that is told late."""
 LONGEST = 30.0
 """Seconds of an utterance that voice activity detection cuts out; who talks on begins another."""
+OPEN_AGAIN = (5.0, 10.0, 30.0, 60.0)
+"""Seconds of the call before a track whose engine gave up is tried again; the longer the more often it did."""
 MOST_SILENCE = 1.0
 """Seconds of silence an engine is given for audio that was lost; the rest of a longer gap it never hears of."""
 
@@ -78,6 +80,9 @@ class Transcriber:
         self._owed: set[_Hearing] = set()
         # Where the last utterance's audio ended: the next one does not hear it again.
         self._heard_to = 0.0
+        # Where an engine that was to hear the whole track gave up, and how often one did.
+        self._gave_up_at: float | None = None
+        self._gave_up = 0
 
     def frame(self, frame: Frame) -> None:
         """Take the track's next frame."""
@@ -88,12 +93,47 @@ class Transcriber:
             if self._gated and self.position - self._current.start > LONGEST:
                 self._end(self.position)
                 self._begin(frame.start + len(frame.samples), frame.sample_rate)
-        elif not self._gated:
+        elif not self._gated and self._may_open():
             self._begin(frame.start, frame.sample_rate).push(frame)
         if self._gated:
             self._recent.append(frame)
             while self._recent[0].start / frame.sample_rate < self.position - REMEMBERED:
                 self._recent.popleft()
+
+    def _may_open(self) -> bool:
+        if self._gave_up_at is None:
+            return True
+        if self.position - self._gave_up_at < OPEN_AGAIN[min(self._gave_up, len(OPEN_AGAIN)) - 1]:
+            return False
+        self._tell_unheard()
+        return True
+
+    def _tell_unheard(self) -> None:
+        """What went by since the engine gave up is a hole."""
+        if self._gave_up_at is not None:
+            self.tell(self.hole(next(self.numbers), 0, self._gave_up_at, self.position))
+            self._gave_up_at = None
+
+    def ended(self, hearing: _Hearing) -> None:
+        """A recognition is over; while its track goes on only since the engine gave up."""
+        self._owed.discard(hearing)
+        if hearing is self._current and not self._gated:
+            self._current = None
+            self._gave_up_at = self.position
+            self._gave_up += 1
+
+    def hole(self, number: int, revision: int, start: float, end: float) -> Transcript:
+        """The final of an utterance nobody transcribed."""
+        return Transcript(
+            utterance=number,
+            revision=revision,
+            text="",
+            final=True,
+            start=start,
+            end=max(start, end),
+            track=self.track,
+            dropped=True,
+        )
 
     def speech(self, event: Speech) -> None:
         """Take what voice activity detection noticed on the track; for an engine that does no endpointing."""
@@ -114,6 +154,7 @@ class Transcriber:
         """The track has ended: wait for what is owed; what does not come in ``patience`` seconds is a hole."""
         if self._current is not None:
             self._end(self.position)
+        self._tell_unheard()
         if self._owed:
             await asyncio.wait({hearing.task for hearing in self._owed}, timeout=patience)
         for hearing in self._owed.copy():
@@ -128,7 +169,6 @@ class Transcriber:
         hearing = _Hearing(self, self._engine.open(self._voice), self._voice, rate, start, gated=self._gated)
         self._current = hearing
         self._owed.add(hearing)
-        hearing.task.add_done_callback(lambda _: self._owed.discard(hearing))
         if self._gated:
             hearing.spoke(start / rate if spoken is None else spoken)
         return hearing
@@ -256,6 +296,7 @@ class _Hearing:
         for key, utterance in self._utterances.items():
             if utterance is not None:
                 self._hole(key, utterance)
+        self._transcriber.ended(self)
 
     def _open(self, key: int, at: float) -> _Utterance:
         utterance = self._utterances.get(key)
@@ -300,18 +341,7 @@ class _Hearing:
         """The engine gave up on an utterance: that is its final."""
         self._utterances[key] = None
         end = self._transcriber.position if self._stopped is None else self._stopped
-        self._tell(
-            Transcript(
-                utterance=utterance.number,
-                revision=utterance.revision + 1,
-                text="",
-                final=True,
-                start=utterance.start,
-                end=max(utterance.start, end),
-                track=self._transcriber.track,
-                dropped=True,
-            )
-        )
+        self._tell(self._transcriber.hole(utterance.number, utterance.revision + 1, utterance.start, end))
 
     def _tell(self, event: Event) -> None:
         self._transcriber.tell(event)

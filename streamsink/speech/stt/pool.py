@@ -12,7 +12,6 @@ import bisect
 import contextlib
 import importlib.util
 import os
-import sys
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -74,7 +73,7 @@ class PooledEngine(Engine):
         self.language = options.language
         self.interim = options.interim and self.capabilities.interim
         self._settings = msgspec.json.encode(self.settings(options)).decode()
-        self._workers = options.workers or max(1, (os.cpu_count() or 2) - 1)
+        self._workers = options.workers or max(1, len(os.sched_getaffinity(0)) - 1)
         self._pool: Pool | None = None
 
     @abc.abstractmethod
@@ -306,14 +305,15 @@ class Pool:
         try:
             async with asyncio.timeout(STUCK):
                 return await turn
-        except TimeoutError:
-            raise SpeechError(f"no decoder was free for {STUCK:g} s: more cores or fewer talkers") from None
-        finally:
+        except BaseException as error:
             if turn in self._queue:
                 self._queue.remove(turn)
-            elif not turn.cancelled() and turn.done() and sys.exc_info()[0] is not None:
+            elif not turn.cancelled():
                 # Its turn came as it gave up.
                 self._give_back(turn.result())
+            if isinstance(error, TimeoutError):
+                raise SpeechError(f"no decoder was free for {STUCK:g} s: more cores or fewer talkers") from None
+            raise
 
     async def close(self) -> None:
         """End all workers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import time
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -10,6 +11,9 @@ from typing import Any, TypeAlias
 from streamsink.child import answer
 
 Message: TypeAlias = dict[str, Any]
+
+NICE = 5
+"""How much less than the endpoint's own a worker's share of a busy core is."""
 
 
 class Worker(abc.ABC):
@@ -32,7 +36,8 @@ class Worker(abc.ABC):
         """End the utterance: its ``text``, ``words`` (word, start, end), ``confidence`` and perhaps ``language``."""
 
     def work(self) -> None:
-        """Answer until there is nothing more to do."""
+        """Answer until there is nothing more to do; the calls go first where there are too few cores."""
+        os.nice(NICE)
         answer(self.reply)
 
     def reply(self, message: Message) -> Iterator[Message]:
