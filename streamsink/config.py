@@ -32,7 +32,7 @@ DEFAULT_FILE = Path("streamsink.toml")
 
 # Read by the tests, not by the endpoint: a developer has it in the shell while the endpoint starts.
 _FOREIGN_VARIABLES = frozenset({"STREAMSINK_TESTDATA"})
-_FILE_ONLY = frozenset({"pipelines", "speech"})
+_FILE_ONLY = frozenset({"pipelines", "rooms", "speech"})
 _SECRET = frozenset({"tokens", "admin_token", "webhook_secret"})
 _FLAGS = {"tokens": "--token", "processors": "--processor"}
 _SHOWN = 80
@@ -116,6 +116,32 @@ class SpeechSettings(BaseModel):
         return command
 
 
+class RoomSettings(BaseModel):
+    """What rooms whose names fit a pattern are like.
+
+    Attributes:
+        processors: SPECs of what listens to the whole room.
+        sample_rate: Hz the room is mixed and recorded at; None: the first member's, and for mixing more when a member
+            has more.
+        grace_seconds: How long a room waits for somebody to come back when the last member has left; s.
+        max_members: Streams at once; further ones go on by themselves.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processors: list[str] = Field(default=[], description="a list of processor SPECs")
+    sample_rate: Literal[8000, 16000, 24000, 32000, 44100, 48000] | None = Field(
+        default=None, description="8000, 16000, 24000, 32000, 44100 or 48000"
+    )
+    grace_seconds: float = Field(default=5.0, ge=0, allow_inf_nan=False, description="a number of seconds, 0 or more")
+    max_members: int = Field(default=100, ge=1, le=1000, description="a whole number from 1 to 1000")
+
+    @field_validator("processors")
+    @classmethod
+    def _specs(cls, specs: list[str]) -> list[str]:
+        return _not_blank(specs)
+
+
 def default_state_dir() -> Path:
     """Where the made token and certificate lie unless told otherwise (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_STATE_HOME", "")
@@ -171,6 +197,7 @@ class Settings(BaseSettings):
         media_silence_seconds: End a stream that sends no media for so long; s; None: never.
         vad_streams: Tracks that Silero listens to at once; further ones get the energy detector.
         pipelines: By name; there is always a ``default``.
+        rooms: By pattern of their names; the first that fits counts.
         speech: The engines for speech.
     """
 
@@ -217,6 +244,10 @@ class Settings(BaseSettings):
     vad_streams: int = Field(default=32, ge=0, description="a whole number from 0")
     pipelines: dict[str, Pipeline] = Field(
         default={}, validate_default=True, description="tables [pipelines.<name>] with processors and talk_back"
+    )
+    rooms: dict[str, RoomSettings] = Field(
+        default={},
+        description="tables [rooms.<pattern>] with processors, sample_rate, grace_seconds and max_members",
     )
     speech: SpeechSettings = Field(default=SpeechSettings(), description="a table [speech]")
 
@@ -470,7 +501,8 @@ def _explain(detail: ErrorDetails, sources: _Sources) -> str:
     if field not in Settings.model_fields:
         return f"unknown setting {_show(field)}{_did_you_mean(field, Settings.model_fields)}"
     if detail["type"] == "extra_forbidden":
-        table = SpeechSettings if field == "speech" else Pipeline
+        tables: dict[str, type[BaseModel]] = {"speech": SpeechSettings, "rooms": RoomSettings}
+        table = tables.get(field, Pipeline)
         return f"{source}: unknown key{_did_you_mean(inner[-1], table.model_fields)}"
     if detail["type"] == "value_error":
         got = str(detail["ctx"]["error"])
@@ -481,6 +513,8 @@ def _explain(detail: ErrorDetails, sources: _Sources) -> str:
     model: type[BaseModel] = Settings
     if field == "pipelines" and len(inner) > 1:
         model, field = Pipeline, inner[1]
+    elif field == "rooms" and len(inner) > 1:
+        model, field = RoomSettings, inner[1]
     elif field == "speech" and inner:
         model, field = SpeechSettings, inner[0]
     return f"{source}: {got}; allowed is {_allowed(model, field, detail['input'])}"

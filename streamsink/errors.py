@@ -9,6 +9,7 @@
     ├── BusError                    no answer on the bus between processes
     ├── ChildDied                   a process that works for the endpoint ended
     ├── StreamClosed                the stream ended while it was being used
+    ├── RoomRefused                 a room that a stream may not join
     ├── TalkBackOff                 the pipeline does not let its processors speak
     ├── SimulationError             a simulation that cannot be run as asked
     ├── CallRefused                 a simulated call that did not come about
@@ -66,6 +67,10 @@ class StreamClosed(StreamsinkError):
 
 class TalkBackOff(StreamsinkError):
     """The pipeline has ``talk_back = false``: nothing may be sent on its streams."""
+
+
+class RoomRefused(StreamsinkError):
+    """A stream may not join a room: it is full, or the name is none or not allowed."""
 
 
 class SimulationError(StreamsinkError):

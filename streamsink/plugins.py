@@ -47,6 +47,7 @@ LOWEST_RATE, HIGHEST_RATE = 8000, 192_000
 _BUILT_IN = {
     "announce": ("streamsink.processors.announce", "Announce"),
     "echo": ("streamsink.processors.echo", "Echo"),
+    "mix": ("streamsink.processors.mix", "Mix"),
     "parrot": ("streamsink.processors.parrot", "Parrot"),
     "record": ("streamsink.processors.record", "Record"),
     "transcribe": ("streamsink.processors.transcribe", "Transcribe"),

@@ -129,7 +129,10 @@ class Server:
         }
         # Whether a processor is no use without what speaks, and whether one may use it.
         self._must_speak = self._may_speak = False
-        for plugins in self.pipelines.values():
+        self.room_processors: dict[str, list[Plugin]] = {
+            pattern: [find(spec) for spec in room.processors] for pattern, room in self.settings.rooms.items()
+        }
+        for plugins in [*self.pipelines.values(), *self.room_processors.values()]:
             for plugin in plugins:
                 # Options that do not fit are told now, not by every stream.
                 says = plugin.build().says
@@ -228,7 +231,7 @@ class Server:
         if self._socket is None:
             self.bind()
         loop = asyncio.get_running_loop()
-        endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop)
+        endpoint = self._endpoint = Endpoint(self.settings, self.pipelines, self.metrics, loop, self.room_processors)
         if self._must_speak:
             await self._get_ready_to_speak(endpoint)
         self._handler_before = loop.get_exception_handler()
@@ -339,6 +342,7 @@ class Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS):
                 await self._streams_ended()
+                await self.endpoint.rooms.close("shutdown")
         assert self._uvicorn is not None
         self._uvicorn.should_exit = True
         serving, housekeeping = self._tasks

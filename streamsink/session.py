@@ -33,10 +33,11 @@ from streamsink.pacer import Pacer
 from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, MarkOutcome, Processor
+from streamsink.room import Rooms
 from streamsink.siblings import Siblings
 from streamsink.slope import SAMPLE_EVERY
 from streamsink.speech.echo import EchoGate
-from streamsink.speech.events import Transcript
+from streamsink.speech.events import Speaker, Transcript
 from streamsink.speech.synthesis import build
 from streamsink.speech.vad import Detectors
 from streamsink.status import StatusEvent
@@ -83,6 +84,7 @@ class Endpoint:
         pipelines: For each pipeline's name its processors, found and checked.
         metrics: Where everything is counted.
         loop: The event loop all of it runs on.
+        room_processors: For each pattern of rooms' names the processors, found and checked.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Endpoint:
         pipelines: Mapping[str, list[Plugin]],
         metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
+        room_processors: Mapping[str, list[Plugin]] | None = None,
     ) -> None:
         self.settings = settings
         self.pipelines = pipelines
@@ -103,6 +106,7 @@ class Endpoint:
         self.room = Room(settings.min_free)
         self.delivery = Delivery(settings.recordings, functools.partial(webhook_secret, settings))
         self.draining = False
+        self.rooms = Rooms(self, settings.rooms, room_processors or {}, settings.recordings, metrics)
         # Every session whose processors have not all ended, and the streaming ones by their streamSid.
         self.sessions: set[Session] = set()
         self.live: dict[str, Session] = {}
@@ -310,6 +314,7 @@ class Session:
             control=self,
             synthesizer=self.endpoint.synthesizer,
             loop=self.endpoint.loop,
+            rooms=self.endpoint.rooms,
         )
         self.pipeline = pipeline
         self._chain = chain
@@ -526,6 +531,11 @@ class Session:
         """A processor knows what was said: every processor hears of it."""
         assert self._chain is not None
         self._chain.call("on_transcript", transcript)
+
+    def speaker_changed(self, event: Speaker) -> None:
+        """Somebody else talks in the room this stream is in: every processor hears of it."""
+        assert self._chain is not None
+        self._chain.call("on_speaker", event)
 
     def _on_barge_in(self) -> None:
         """Something is queued that a talker may barge in on: from now on the stream is listened to."""

@@ -9,9 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from streamsink.audio import Samples, Track
 from streamsink.codec import CodecSpec
-from streamsink.errors import StreamClosed, TalkBackOff
+from streamsink.errors import RoomRefused, StreamClosed, TalkBackOff
 from streamsink.playback import Playback
 from streamsink.playout import NOTHING, Audio, BargeIn, Playout
 from streamsink.sound import SoundFile, check_tone, tone
@@ -22,7 +24,24 @@ from streamsink.wire import DIGITS
 if TYPE_CHECKING:
     from streamsink.delivery import Delivery
     from streamsink.disk import Room
-    from streamsink.speech.events import Transcript
+    from streamsink.room import Rooms
+    from streamsink.speech.events import Speaker, Transcript
+
+
+class Attendance(msgspec.Struct):
+    """When a member was in a room.
+
+    Attributes:
+        sid: Its streamSid.
+        name: Its stream's name.
+        joined: Seconds on the room's clock.
+        left: Likewise; None while it is there.
+    """
+
+    sid: str
+    name: str | None
+    joined: float
+    left: float | None
 
 
 class Control(Protocol):
@@ -39,6 +58,9 @@ class Control(Protocol):
 
     def transcribed(self, transcript: Transcript) -> None:
         """Hand a transcript to every processor."""
+
+    def speaker_changed(self, event: Speaker) -> None:
+        """Tell every processor who talks in the room now."""
 
 
 class Stream:
@@ -61,6 +83,7 @@ class Stream:
         delivery: Takes files and webhooks off the machine.
         close_code: WebSocket close code, once the stream has ended; 1006 when the connection was lost without one.
         close_reason: The words that came with it.
+        members: Where this is a room: who has been in it, in the order of joining.
     """
 
     def __init__(
@@ -84,6 +107,7 @@ class Stream:
         control: Control,
         synthesizer: Synthesizer,
         loop: asyncio.AbstractEventLoop,
+        rooms: Rooms | None = None,
     ) -> None:
         self.sid = sid
         self.call_sid = call_sid
@@ -105,6 +129,8 @@ class Stream:
         self._control = control
         self._synthesizer = synthesizer
         self._loop = loop
+        self._rooms = rooms
+        self.members: list[Attendance] = []
         self._stem: str | None = None
         self._reserving = threading.Lock()
 
@@ -285,6 +311,21 @@ class Stream:
             transcript: An interim or final one; of each utterance exactly one is final.
         """
         self._control.transcribed(transcript)
+
+    @property
+    def rooms(self) -> Rooms:
+        """The rooms of this process: a stream can join one.
+
+        Raises:
+            RoomRefused: This is a room itself.
+        """
+        if self._rooms is None:
+            raise RoomRefused("a room cannot join a room: take mix out of its processors")
+        return self._rooms
+
+    def speaker_changed(self, event: Speaker) -> None:
+        """Tell every processor of this stream who talks in its room now: each gets ``on_speaker``."""
+        self._control.speaker_changed(event)
 
     def from_thread(self, call: Callable[[], object]) -> None:
         """Run ``call`` on the event loop soon. The one method that may be used from another thread.

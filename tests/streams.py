@@ -16,7 +16,7 @@ from streamsink.config import SpeechSettings
 from streamsink.delivery import Delivery
 from streamsink.disk import Room
 from streamsink.playback import Playback
-from streamsink.speech.events import Transcript
+from streamsink.speech.events import Speaker, Transcript
 from streamsink.speech.synthesis import Synthesizer, build
 from streamsink.stream import Stream
 from streamsink.wire import Writer
@@ -32,6 +32,7 @@ class Line:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.transcripts: list[Transcript] = []
+        self.speakers: list[Speaker] = []
 
     def send(self, text: bytes) -> None:
         self.sent.append(text)
@@ -50,6 +51,9 @@ class Line:
 
     def transcribed(self, transcript: Transcript) -> None:
         self.transcripts.append(transcript)
+
+    def speaker_changed(self, event: Speaker) -> None:
+        self.speakers.append(event)
 
 
 def make_stream(

@@ -63,6 +63,7 @@ def test_defaults() -> None:
         "media_silence_seconds": None,
         "vad_streams": 32,
         "pipelines": {"default": {"processors": ["record"], "talk_back": True}},
+        "rooms": {},
         "speech": {"synthesizer": "espeak", "voice": None, "command": None},
     }
 
@@ -296,6 +297,15 @@ def test_a_bad_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: s
         ),
         ("speech.command = ' '", "streamsink.toml: speech.command: it is empty; allowed is a program that writes WAV"),
         ("speech.voice = ''", "streamsink.toml: speech.voice: got ''; allowed is a voice's name, or a path for piper"),
+        (
+            "rooms.a.graze_seconds = 5",
+            "streamsink.toml: rooms.a.graze_seconds: unknown key; did you mean grace_seconds?",
+        ),
+        (
+            "rooms.a.sample_rate = 7",
+            "streamsink.toml: rooms.a.sample_rate: got 7; allowed is 8000, 16000, 24000, 32000, 44100 or 48000",
+        ),
+        ("rooms.a.processors = ['']", "streamsink.toml: rooms.a.processors: a SPEC is empty; allowed is a list of"),
         ("speech = 5", "streamsink.toml: speech: got 5; allowed is a table [speech]"),
         (
             "pipelines.agent.procesors = ['x']\npipelines.agent.processors = ['x']",

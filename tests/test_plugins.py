@@ -267,6 +267,7 @@ def test_a_built_in_hides_an_entry_point_of_its_name(site: Path) -> None:
         ("echo", "built-in"): None,
         ("echo", "rival"): "hidden by the built-in of this name",
         ("announce", "built-in"): None,
+        ("mix", "built-in"): None,
         ("parrot", "built-in"): None,
         ("record", "built-in"): None,
         ("transcribe", "built-in"): None,
@@ -296,7 +297,18 @@ def test_a_broken_entry_point_is_listed_with_the_reason(site: Path) -> None:
         },
     )
     listed = {listing.name: listing for listing in catalogue()}
-    assert list(listed) == ["announce", "broken", "echo", "fine", "gone", "nothing", "parrot", "record", "transcribe"]
+    assert list(listed) == [
+        "announce",
+        "broken",
+        "echo",
+        "fine",
+        "gone",
+        "mix",
+        "nothing",
+        "parrot",
+        "record",
+        "transcribe",
+    ]
     assert listed["fine"] == Listing("fine", "half", "Sends each inbound frame straight back.", ())
     assert listed["broken"].problem == (
         "entry point `broken` (broken_plugin:Mine) cannot be loaded: "
@@ -322,8 +334,8 @@ def test_nothing_is_imported_before_it_is_named() -> None:
 REFUSED = {
     "": "'' names no processor; wanted NAME or NAME:key=value,key=value",
     ":size=1": "':size=1' names no processor; wanted NAME or NAME:key=value,key=value",
-    "recrod": "there is no processor `recrod` (did you mean `record`?); there are announce, echo, parrot, "
-    "record, transcribe, or write package.module:Name or path/to/file.py:Name",
+    "recrod": "there is no processor `recrod` (did you mean `record`?); there are announce, echo, mix, "
+    "parrot, record, transcribe, or write package.module:Name or path/to/file.py:Name",
     "record:16000": "`record:16000`: there is no module `record`; options are written key=value",
     "no_such.module:Mine": "`no_such.module:Mine`: there is no module `no_such.module`",
     "streamsink.processors.nothing:Mine": "`streamsink.processors.nothing:Mine`: there is no module "
