@@ -547,6 +547,7 @@ async def test_talk_back() -> None:
     uses: tuple[Callable[[], object], ...] = (
         lambda: stream.play(np.zeros(160, np.int16), 8000),
         lambda: stream.play_file("hello.wav"),
+        lambda: stream.say("hello"),
         lambda: stream.tone(440, 100),
     )
     for use in uses:
