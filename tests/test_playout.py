@@ -11,7 +11,7 @@ import pytest
 
 from streamsink.audio import Samples
 from streamsink.errors import CodecError, PlayoutFull
-from streamsink.playout import PULL_AHEAD, Audio, BargeIn, Outcome, Played
+from streamsink.playout import PULL_AHEAD, Audio, BargeIn, Outcome, Played, Playout
 from tests.far_end import FarEnd, ramp, settle, wait
 
 
@@ -353,3 +353,20 @@ async def test_a_source_that_takes_its_time_to_close_is_not_cut_short() -> None:
     gate.set()
     await settle()
     assert source.closed == 1
+
+
+async def test_a_source_may_cancel_its_own_playout() -> None:
+    far_end = FarEnd()
+    made: list[Playout] = []
+
+    class Fickle(Source):
+        async def __anext__(self) -> Audio:
+            chunk = await super().__anext__()
+            made[0].cancel()
+            return chunk
+
+    source = Fickle([ramp(160)])
+    made.append(far_end.playback.play(source, 8000))
+    await far_end.live(0.1)
+    assert await made[0] == Played(Outcome.CANCELLED, 0)
+    assert (far_end.frames, source.closed) == (0, 1)
