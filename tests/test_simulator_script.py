@@ -192,8 +192,12 @@ def test_a_missing_capture_is_told(tmp_path: Path) -> None:
 
 
 def test_silence_goes_on_where_the_audio_ended() -> None:
-    steps = list(silence_script(wire.PlatformWriter("7d56"), b"\xff" * 160, 20, sent=5, over=lambda at: at > 0.03))
-    assert [(step.at, step.media) for step in steps] == [(0.0, False), (0.02, False)]
+    steps = list(silence_script(wire.PlatformWriter("7d56"), [b"a", b"b"], 20, sent=5, over=lambda at: at > 0.05))
+    assert [(step.at, step.media) for step in steps] == [(0.0, False), (0.02, False), (0.04, False)]
     media = [json.loads(step.text)["media"] for step in steps if step.text is not None]
-    assert [(each["chunk"], each["timestamp"]) for each in media] == [("6", "100"), ("7", "120")]
-    assert media[0]["payload"] == base64.b64encode(b"\xff" * 160).decode()
+    assert [(each["chunk"], each["timestamp"]) for each in media] == [
+        ("6", "100"),
+        ("7", "120"),
+        ("8", "140"),
+    ]
+    assert [base64.b64decode(each["payload"]) for each in media] == [b"a", b"b", b"b"]

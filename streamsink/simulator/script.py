@@ -121,13 +121,13 @@ def call_script(
 
 
 def silence_script(
-    writer: wire.PlatformWriter, payload: bytes, ptime: int, *, sent: int, over: Callable[[float], bool]
+    writer: wire.PlatformWriter, payloads: Sequence[bytes], ptime: int, *, sent: int, over: Callable[[float], bool]
 ) -> Iterator[Step]:
     """Silence behind a call's media, in times from its end on. Not counted as media: nothing need come back for it.
 
     Args:
         writer: Writes this stream's messages.
-        payload: One frame of it.
+        payloads: Its first frames; after them comes the last again.
         ptime: Milliseconds a frame lasts.
         sent: How many frames there were before.
         over: Says for each frame's time whether it and all further ones are wanted no more.
@@ -136,6 +136,7 @@ def silence_script(
         at = frame * ptime / 1000
         if over(at):
             return
+        payload = payloads[min(frame, len(payloads) - 1)]
         yield Step(at, writer.media(payload, chunk=sent + frame + 1, timestamp_ms=(sent + frame) * ptime))
 
 

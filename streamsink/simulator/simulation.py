@@ -64,13 +64,18 @@ class Simulation:
         self._parameters = options.custom_parameters()
         self._codec: CodecSpec | None
         self._payloads: list[bytes] = []
-        self._silence = b""
+        self._silence: list[bytes] = []
         self._replayed: tuple[Step, ...] = ()
         self._frames: int | None = None
         if options.file is not None:
             self._codec = CodecSpec.parse(options.codec)
-            self._payloads = encode_payloads(read_audio(options.file, self._codec.rate), self._codec)
-            (self._silence,) = encode_payloads(np.zeros(self._codec.frame_samples, np.int16), self._codec)
+            audio = read_audio(options.file, self._codec.rate)
+            self._payloads = encode_payloads(audio, self._codec)
+            if self._listens_on:
+                # A codec with a memory takes a while from the last sound to silence.
+                silence = np.zeros(-len(audio) % self._codec.frame_samples + self._codec.rate, np.int16)
+                coded = encode_payloads(np.concatenate((audio, silence)), self._codec)
+                self._silence = coded[len(self._payloads) :]
             if options.seconds is not None:
                 self._frames = max(1, round(options.seconds * 1000 / self._codec.ptime))
             elif not options.loop:
