@@ -65,7 +65,7 @@ class Pocketsphinx(PooledEngine):
 def _config(options: EngineOptions) -> dict[str, Any]:
     # The second pass would cost as much as the first, after the talker has stopped. The bounds on what is searched for
     # halve the work and cost no word.
-    config: dict[str, Any] = {"fwdflat": False, "maxhmmpf": 3000, "maxwpf": 20, "loglevel": "FATAL"}
+    config: dict[str, Any] = {"fwdflat": False, "maxhmmpf": 3000, "maxwpf": 20}
     if options.model is not None:
         folder = existing(Path(options.model), "model")
         dictionary = next(folder.glob("*.dict"), None)

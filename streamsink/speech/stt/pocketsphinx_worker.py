@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 import msgspec
-from pocketsphinx import Decoder
+from pocketsphinx import Decoder, set_loglevel
 
 from streamsink.speech.stt.worker import Message, Worker
 
@@ -81,15 +81,28 @@ class Decoders(Worker):
 
     def _make(self) -> Any:
         options = self._options
-        config = dict(options.config)
-        if options.grammar is not None:
-            config |= {"jsgf": options.grammar, "lm": None}
-        if options.keywords:
-            with tempfile.NamedTemporaryFile("w", suffix=".kws", encoding="utf-8") as phrases:
-                phrases.writelines(f"{keyword_line(keyword)}\n" for keyword in options.keywords)
-                phrases.flush()
-                return Decoder(**config | {"kws": phrases.name, "lm": None})
-        return Decoder(**config)
+        # Standard error tells what is wrong with a grammar, and later nothing.
+        config = options.config | {"loglevel": "ERROR"}
+        try:
+            if options.keywords:
+                return self._keyword_spotter(config)
+            if options.grammar is not None:
+                config |= {"jsgf": options.grammar, "lm": None}
+            return Decoder(**config)
+        finally:
+            set_loglevel("FATAL")
+
+    def _keyword_spotter(self, config: dict[str, Any]) -> Any:
+        with tempfile.NamedTemporaryFile("w", suffix=".kws", encoding="utf-8") as phrases:
+            lines = [keyword_line(keyword) for keyword in self._options.keywords]
+            phrases.writelines(f"{line}\n" for line in lines)
+            phrases.flush()
+            decoder = Decoder(**config | {"kws": phrases.name, "lm": None})
+        # It would only leave them out.
+        for word in " ".join(line.partition(" /")[0] for line in lines).split():
+            if decoder.lookup_word(word) is None:
+                raise ValueError(f"the dictionary has no {word!r}")
+        return decoder
 
     def _text(self, decoder: Any) -> str:
         hypothesis = decoder.hyp()
