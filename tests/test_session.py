@@ -641,6 +641,25 @@ async def test_what_was_heard_is_placed_on_the_inbound_clock() -> None:
     assert probe.events[2:] == [("played", 8160, 160)]
 
 
+@pytest.mark.parametrize("ppm", [400, -400])
+async def test_outgoing_audio_keeps_the_pace_of_what_comes_in(ppm: int) -> None:
+    host = Host(probe=Hears)
+    peer, probe = await opened(host)
+    assert probe.stream is not None
+    frames = 60 * 50
+    for _ in range(frames):
+        peer.media(step=0.02 / (1 + ppm * 1e-6))
+    playback = peer.session._playback
+    assert playback is not None
+    assert playback._slope == pytest.approx(1 + ppm * 1e-6, abs=1e-6)
+    probe.stream.play(np.zeros(160, np.int16), 8000)
+    host.now += 0.1
+    host.endpoint.pacer.tick(host.now)
+    ((_, start, _),) = [event for event in probe.events if event[0] == "played"]
+    # Counted by our clock it would be 24 ms off by now.
+    assert start == pytest.approx(frames * 160, abs=0.004 * 8000)
+
+
 async def test_a_processor_may_hang_up() -> None:
     peer, probe = await opened(Host())
     assert probe.stream is not None
