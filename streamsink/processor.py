@@ -91,7 +91,10 @@ class Processor:
         """
 
     def on_transcript(self, transcript: Transcript) -> None:
-        """Words were recognised by a processor of this stream that transcribes."""
+        """Words were recognised by a processor of this stream that transcribes.
+
+        What is still owed when the stream ends comes into the transcript's files and its webhook alone.
+        """
 
     def on_speaker(self, event: Speaker) -> None:
         """The active speaker of the room this stream is in has changed."""

@@ -546,7 +546,6 @@ async def test_a_worker_killed_in_mid_sentence_costs_no_call_and_no_recording(se
     calling = asyncio.ensure_future(simulated(running, "flite-rms_s1"))
     interim = await Reader.told.get()
     assert not interim.final
-    assert BRIDGE.startswith(interim.text.split()[0])
     (pid,) = workers()
     os.kill(pid, signal.SIGKILL)
     report = await calling

@@ -91,11 +91,12 @@ def test_a_stem_has_one_transcript(tmp_path: Path) -> None:
         TranscriptPart(tmp_path, "call", shared=True)
 
 
-def test_what_nobody_shares_is_not_reserved_any_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared", "text", "stays"), [(False, "", False), (True, "", True), (False, "{}", True)])
+def test_a_stem_of_its_own_is_not_reserved_any_more(tmp_path: Path, shared: bool, text: str, stays: bool) -> None:
     reservation = tmp_path / "call.json.part"
-    reservation.touch()
-    TranscriptPart(tmp_path, "call", shared=False).finish()
-    assert not reservation.exists()
+    reservation.write_text(text)
+    TranscriptPart(tmp_path, "call", shared=shared).finish()
+    assert reservation.exists() == stays
 
 
 def test_what_a_crash_left_is_finished(tmp_path: Path) -> None:

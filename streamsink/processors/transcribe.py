@@ -142,7 +142,7 @@ class Transcribe(Processor):
         stream = self._stream
         if self._directory is None:
             try:
-                return TranscriptPart(stream.recordings, stream.stem, shared=len(stream.processors) > 1)
+                return TranscriptPart(stream.recordings, stream.stem, shared="record" in stream.processors)
             except FileExistsError:
                 # Another engine transcribes this stream too.
                 pass

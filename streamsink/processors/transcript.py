@@ -65,7 +65,7 @@ class TranscriptPart:
     Args:
         directory: Where.
         stem: The name of the stream's files, reserved.
-        shared: Whether others write files of this stem; if not, its reservation ends with this transcript.
+        shared: Whether a recording has this stem too; if not, its reservation ends with this transcript.
 
     Raises:
         FileExistsError: Somebody transcribes under this stem.
@@ -101,8 +101,8 @@ class TranscriptPart:
             os.fsync(self._fd)
             write_cues(self._part, self.path)
             self._part.rename(self.path)
-            if self._reservation is not None:
-                self._reservation.unlink(missing_ok=True)
+            if self._reservation is not None and _is_empty(self._reservation):
+                self._reservation.unlink()
         finally:
             os.close(self._fd)
 
@@ -194,6 +194,11 @@ def _cue(text: str) -> str:
 def _one_line(text: str) -> str:
     # An empty line, or an arrow of its own, would end the cue.
     return " ".join(text.split()).replace("-->", "→")
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether it is there and nobody has written to it."""
+    return path.exists() and not path.stat().st_size
 
 
 def _part(path: Path) -> Path:
