@@ -1,4 +1,4 @@
-"""The command line: what was typed → Settings → serve, simulate, stream-obj, processors."""
+"""The command line: what was typed → Settings → serve, repair, simulate, stream-obj, processors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from streamsink.errors import StreamsinkError
+from streamsink.errors import ConfigError, StreamsinkError
 
 app = typer.Typer(
     name="streamsink",
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_COMMANDS = frozenset({"serve", "simulate", "stream-obj", "processors"})
+_COMMANDS = frozenset({"serve", "repair", "simulate", "stream-obj", "processors"})
 _GLOBAL = frozenset({"--help", "-h", "--version"})
 
 
@@ -165,6 +165,28 @@ def _announce(server: object) -> None:
         say("stream_obj to paste:")
         say(paste.render("python"))
     sys.stdout.flush()
+
+
+# --- repair ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def repair(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the recordings.")]) -> None:
+    """Make playable what a crash left (also done at each start)."""
+    from streamsink.processors import repair as repairing
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: name the one recordings lie in")
+    failed = False
+    for done in repairing.repair(folder):
+        if done.problem is not None:
+            failed = failed or not done.in_use
+            typer.echo(f"{done.stem}: left as it is: {done.problem}", err=not done.in_use)
+        elif done.files:
+            typer.echo(f"{done.stem}: {', '.join(done.files)}")
+        else:
+            typer.echo(f"{done.stem}: nothing was recorded, the name is free again")
+    raise typer.Exit(failed)
 
 
 # --- simulate --------------------------------------------------------------------------------------------------------

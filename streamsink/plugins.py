@@ -472,6 +472,10 @@ def _describe(annotation: Any) -> str:
         return _describe(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join(_describe(member) for member in get_args(annotation))
+    if annotation is types.NoneType:
+        return "None"
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return " | ".join(annotation.__members__)
     return re.sub(r"\bpathlib\.(_local\.)?", "", inspect.formatannotation(annotation))

@@ -423,6 +423,11 @@ class Chain:
         """The processors' names, in order."""
         return [guard.name for guard in self._guards]
 
+    @property
+    def speaks(self) -> bool:
+        """Whether any of them may send audio."""
+        return any(guard.processor.speaks for guard in self._guards)
+
     def start(self, stream: Stream) -> None:
         """Begin every processor's on_start."""
         for guard in self._guards:

@@ -41,6 +41,8 @@ from streamsink.errors import ConfigError, SpeechError
 from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin, find
+from streamsink.processors.repair import repair_all
+from streamsink.processors.writer import failures, writer
 from streamsink.session import Endpoint
 from streamsink.siblings import Siblings
 from streamsink.speech.transcription_counts import counts
@@ -124,6 +126,7 @@ class Server:
         Room(self.settings.min_free).check(self.settings.recordings)
         self.metrics = Metrics()
         self.metrics.register(counts)
+        self.metrics.register(failures)
         self.pipelines: dict[str, list[Plugin]] = {
             name: [find(spec) for spec in pipeline.processors] for name, pipeline in self.settings.pipelines.items()
         }
@@ -240,6 +243,8 @@ class Server:
         self.metrics.register(endpoint.delivery)
         endpoint.delivery.start()
         self.metrics.watch(endpoint.sessions)
+        folders = self._folders()
+        writer.encode(lambda: repair_all(folders))
         if self.siblings is not None:
             self.siblings.on("metrics", lambda sender, body: self.metrics.render()[0])
             endpoint.join(self.siblings)
@@ -277,6 +282,11 @@ class Server:
             await endpoint.synthesizer.open()
         except SpeechError as error:
             log.warning("a processor that wants to say something cannot", cause=str(error))
+
+    def _folders(self) -> list[Path]:
+        """Where recordings may lie: the endpoint's folder, and those of processors that have one of their own."""
+        own = [plugin.options.get("directory") for plugins in self.pipelines.values() for plugin in plugins]
+        return list(dict.fromkeys([self.settings.recordings, *(path for path in own if isinstance(path, Path))]))
 
     def _uvicorn_config(self, app: ASGIApp, endpoint: Endpoint) -> uvicorn.Config:
         # uvicorn builds these classes itself, so what they need beyond its own arguments hangs on the class.

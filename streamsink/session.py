@@ -311,6 +311,7 @@ class Session:
             processors=chain.names,
             playback=self._playback,
             talk_back=settings.pipelines[pipeline].talk_back,
+            may_speak=settings.pipelines[pipeline].talk_back and chain.speaks,
             control=self,
             synthesizer=self.endpoint.synthesizer,
             loop=self.endpoint.loop,

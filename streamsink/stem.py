@@ -13,7 +13,8 @@ from pathlib import Path
 LONGEST_NAME = 80
 """Bytes of a name that are kept."""
 
-AUDIO_ENDINGS = ("wav", "flac", "ogg", "opus", "mp3")
+_FORMATS = ("wav", "flac", "ogg", "opus", "mp3")
+AUDIO_ENDINGS = (*_FORMATS, *(f"{side}.{ending}" for side in ("inbound", "outbound") for ending in _FORMATS))
 """Endings a recording may have; ``.part`` comes behind them while it is live."""
 
 MADE_ENDINGS = (*AUDIO_ENDINGS, "transcript.jsonl", "vtt", "srt")
@@ -50,11 +51,11 @@ def reserve(directory: Path, started_at: datetime, name: str) -> str:
         stem = first if number == 1 else f"{first}_{number}"
         reservation = directory / f"{stem}.json.part"
         try:
-            os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         except FileExistsError:
             continue
         # A finished recording's .json.part is gone, its .json is there: so look only once the reservation stands.
-        if not any(path.exists() for path in _files(directory, stem)):
+        if not any(os.path.lexists(path) for path in _files(directory, stem)):
             return stem
         reservation.unlink()
     raise AssertionError("unreachable: the numbers are endless")

@@ -78,6 +78,7 @@ class Stream:
         started_at: When the start message came, UTC.
         processors: Names of the processors on this stream.
         talk_back: Whether its processors may speak.
+        may_speak: Whether any of them may ever send audio.
         recordings: The folder files about this stream go to.
         room: Asked before a new file is made there.
         delivery: Takes files and webhooks off the machine.
@@ -104,6 +105,7 @@ class Stream:
         processors: list[str],
         playback: Playback,
         talk_back: bool,
+        may_speak: bool,
         control: Control,
         synthesizer: Synthesizer,
         loop: asyncio.AbstractEventLoop,
@@ -125,6 +127,7 @@ class Stream:
         self.close_code: int | None = None
         self.close_reason = ""
         self.talk_back = talk_back
+        self.may_speak = may_speak
         self._playback = playback
         self._control = control
         self._synthesizer = synthesizer

@@ -69,6 +69,7 @@ def make_stream(
     synthesizer: Synthesizer | None = None,
     room: Room | None = None,
     delivery: Delivery | None = None,
+    may_speak: bool = False,
 ) -> Stream:
     line = line or Line()
     spec = CodecSpec.parse(codec)
@@ -88,6 +89,7 @@ def make_stream(
         processors=list(processors),
         playback=Playback(spec, Writer(sid), line.send, line.wake, time.monotonic),
         talk_back=True,
+        may_speak=may_speak,
         control=line,
         synthesizer=synthesizer or build(SpeechSettings()),
         loop=asyncio.get_running_loop(),

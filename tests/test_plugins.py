@@ -331,6 +331,8 @@ def test_nothing_is_imported_before_it_is_named() -> None:
 
 # --- What is refused, and how ----------------------------------------------------------------------------------------
 
+RECORD = "format, sample_rate, layout, segment, max_duration, trim, pause_digit, directory, upload, "
+RECORD += "keep_local, on_complete"
 REFUSED = {
     "": "'' names no processor; wanted NAME or NAME:key=value,key=value",
     ":size=1": "':size=1' names no processor; wanted NAME or NAME:key=value,key=value",
@@ -347,11 +349,9 @@ REFUSED = {
     "/no/such/file.py:Mine": "/no/such/file.py: No such file or directory",
     "/no/such/file.py": "`/no/such/file.py` names a file but no processor in it; wanted /no/such/file.py:Name",
     "/dev/null:Mine": "/dev/null: not a Python file; its name must end in .py",
-    "record:rate=8000": "processor `record` has no option `rate`; its options are "
-    "sample_rate, directory, upload, keep_local, on_complete",
+    "record:rate=8000": f"processor `record` has no option `rate` (did you mean `format`?); its options are {RECORD}",
     "record:sample_rte=8000": "processor `record` has no option `sample_rte` (did you mean `sample_rate`?); "
-    "its options are "
-    "sample_rate, directory, upload, keep_local, on_complete",
+    f"its options are {RECORD}",
     "echo:gain=2": "processor `echo` has no option `gain`; it has no options",
     "record:sample_rate=fast": "processor `record`: option `sample_rate` is 'fast'; wanted int | None: "
     "Input should be a valid integer, unable to parse string as an integer",
@@ -359,8 +359,7 @@ REFUSED = {
     "record:sample_rate=7999": "processor `record`: sample_rate is 7999; wanted None, or 8000 to 192000 Hz as an int",
     "record:sample_rate=192001": "processor `record`: sample_rate is 192001; "
     "wanted None, or 8000 to 192000 Hz as an int",
-    "record:directory=a,b=c": "processor `record` has no option `b`; its options are "
-    "sample_rate, directory, upload, keep_local, on_complete",
+    "record:directory=a,b=c": f"processor `record` has no option `b`; its options are {RECORD}",
     "{file}:Needs": "processor `Needs` needs `key=…`, `size=…`",
     "{file}:Needs:size=1": "processor `Needs` needs `key=…`",
     "{file}:Odd:thing=1": "processor `Odd`: option `thing` is a streamsink.processor.Processor | None, "
@@ -509,9 +508,15 @@ def test_the_catalogue_tells_options_types_and_defaults() -> None:
     assert {listing.name: listing for listing in catalogue()}["record"] == Listing(
         "record",
         "built-in",
-        "Records the stream as WAV, with a JSON sidecar.",
+        "Records the stream, with a JSON sidecar.",
         (
+            Option("format", "wav | flac | ogg | opus | mp3", "'wav'"),
             Option("sample_rate", "int | None", "None"),
+            Option("layout", "mono-mix | stereo | separate | None", "None"),
+            Option("segment", "float | None", "None"),
+            Option("max_duration", "float | None", "None"),
+            Option("trim", "silence | None", "None"),
+            Option("pause_digit", "0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | * | # | A | B | C | D | None", "None"),
             Option("directory", "Path | None", "None"),
             Option("upload", "str | None", "None"),
             Option("keep_local", "bool", "True"),
@@ -539,8 +544,8 @@ def test_an_entry_points_options_are_told_as_its_annotations_read(site: Path) ->
         "choice": ("a | b | 3", "'a'"),
         "mode": ("FAST | GOOD", "GOOD"),
         "maybe": ("int | None", "7"),
-        "perhaps": ("Optional[Path]", "None"),
-        "either": ("Union[int, str]", "0"),
+        "perhaps": ("Path | None", "None"),
+        "either": ("int | str", "0"),
         "numbers": ("list[int]", "[]"),
         "words": ("tuple[str, ...]", "()"),
         "bounded": ("int", "5"),

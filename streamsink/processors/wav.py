@@ -2,23 +2,28 @@
 
 Not soundfile: its writer brings the header up to date only on close, so that a crash leaves a file which says it is
 empty, and its flush is an fsync. Positioned writes also make silence free (a hole in the file reads as zeros) and
-interleave two tracks in the file itself, however far one runs ahead of the other.
+interleave or mix two tracks in the file itself, however far one runs ahead of the other.
 
 Source: Multimedia Programming Interface and Data Specifications 1.0 (RIFF, ``fmt `` and ``data`` chunks).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamsink.audio import Samples
+from streamsink.processors.files import create
 
 _HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _LONGEST = 2**32 - _HEADER.size
@@ -26,8 +31,13 @@ _LONGEST = 2**32 - _HEADER.size
 _READ = 1 << 20
 
 
+def most_frames(channels: int) -> int:
+    """How many samples a channel a WAV file can hold."""
+    return _LONGEST // (2 * channels)
+
+
 class WavPart:
-    """A live recording: PCM of 16 bits under ``<path>.part``, 0600 and locked, which :meth:`finish` gives its name.
+    """A live recording: PCM of 16 bits under ``<path>.part``, 0600 and locked until it is closed.
 
     Does blocking I/O; for one thread at a time.
 
@@ -36,30 +46,76 @@ class WavPart:
         sample_rate: Hz.
         channels: 1 or more, interleaved.
 
+    Attributes:
+        part: Where the file is.
+        frames: Samples a channel, to the end of the longest.
+
     Raises:
         FileExistsError: Somebody has this file.
         OSError: It cannot be made.
     """
 
-    __slots__ = ("_channels", "_fd", "_path", "_sample_rate", "_stale", "frames", "part")
+    __slots__ = ("_fd", "_stale", "channels", "frames", "part", "path", "sample_rate")
 
     def __init__(self, path: Path, sample_rate: int, channels: int) -> None:
-        self._path = path
-        self._sample_rate = sample_rate
-        self._channels = channels
+        self.path = path
+        self.sample_rate = sample_rate
+        self.channels = channels
         self.part = path.with_name(f"{path.name}.part")
-        # Samples a channel, to the end of the longest.
         self.frames = 0
-        self._fd = os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._fd = create(self.part)
         try:
+            # Who repairs may look at it in between, and lets go of a file without a header at once.
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             self._write_header()
         except OSError:
             self.discard()
             raise
 
+    @classmethod
+    def reopen(cls, path: Path, sample_rate: int, channels: int) -> Self:
+        """Take over what a crash left under ``<path>.part``, header and end mended.
+
+        Args:
+            path: What the finished file is called.
+            sample_rate: Hz, where the header does not tell.
+            channels: Likewise.
+
+        Raises:
+            BlockingIOError: Somebody writes it.
+            OSError: It is gone, is a link, or cannot be used.
+        """
+        self = cls.__new__(cls)
+        self.path = path
+        self.part = path.with_name(f"{path.name}.part")
+        self._fd = os.open(self.part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(self._fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "no regular file", str(self.part))
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(self.part.lstat(), found):
+                raise FileNotFoundError(errno.ENOENT, "finished meanwhile", str(self.part))
+            self._read_header(sample_rate, channels)
+        except OSError:
+            os.close(self._fd)
+            raise
+        return self
+
+    def _read_header(self, sample_rate: int, channels: int) -> None:
+        head = os.pread(self._fd, _HEADER.size, 0)
+        self.sample_rate, self.channels = sample_rate, channels
+        if len(head) == _HEADER.size and head.startswith(b"RIFF"):
+            fields = _HEADER.unpack(head)
+            # The size it tells is that of the last flush; what was written since is there too.
+            self.channels, self.sample_rate = max(1, fields[6]), max(1, fields[7])
+        step = 2 * self.channels
+        self.frames = max(0, os.fstat(self._fd).st_size - _HEADER.size) // step
+        os.ftruncate(self._fd, _HEADER.size + self.frames * step)
+        self._write_header()
+
     def write(self, samples: Samples, start: int, channel: int) -> None:
-        """Place samples on a channel.
+        """Mix samples into a channel, saturating where they are too loud together.
 
         Args:
             samples: Shape ``(n,)``, int16.
@@ -70,21 +126,43 @@ class WavPart:
             OSError: The disk is full or broken, or the file would exceed what WAV can hold, 4 GiB.
         """
         end = start + len(samples)
-        step = 2 * self._channels
+        step = 2 * self.channels
         if end * step > _LONGEST:
-            raise OSError(f"{self.part}: a WAV file ends at 4 GiB")
+            raise OSError(errno.EFBIG, "a WAV file ends at 4 GiB", str(self.part))
         offset = _HEADER.size + start * step
         little = samples.astype("<i2", copy=False)
-        if self._channels == 1:
+        if self.channels == 1 and start >= self.frames:
             self._write_all(little.tobytes(), offset)
         else:
-            there = bytearray(len(samples) * step)
-            known = os.pread(self._fd, len(there), offset)
-            there[: len(known)] = known
-            np.frombuffer(there, "<i2").reshape(-1, self._channels)[:, channel] = little
-            self._write_all(there, offset)
+            frames = np.zeros((len(samples), self.channels), "<i2")
+            known = self.read(start, len(samples))
+            frames[: len(known)] = known
+            # Wide enough for the sum; only what is there already can make it too loud.
+            frames[:, channel] = np.clip(frames[:, channel].astype(np.int32) + little, -32768, 32767)
+            self._write_all(frames.tobytes(), offset)
         if end > self.frames:
             self.frames = end
+            self._stale = True
+
+    def read(self, start: int, frames: int) -> NDArray[np.int16]:
+        """Read samples back, shape ``(n, channels)``, int16; fewer at the end.
+
+        Raises:
+            OSError: The disk is broken.
+        """
+        step = 2 * self.channels
+        data = os.pread(self._fd, frames * step, _HEADER.size + start * step)
+        return np.frombuffer(data[: len(data) // step * step], "<i2").reshape(-1, self.channels)
+
+    def extend(self, frames: int) -> None:
+        """Let the file be at least so long; what is added is silence.
+
+        Raises:
+            OSError: The disk is broken.
+        """
+        if frames > self.frames:
+            os.ftruncate(self._fd, _HEADER.size + frames * 2 * self.channels)
+            self.frames = frames
             self._stale = True
 
     def flush(self) -> None:
@@ -96,38 +174,35 @@ class WavPart:
         if self._stale:
             self._write_header()
 
+    def sync(self, *, final: bool = False) -> None:
+        """Let what was written so far outlive a power cut too.
+
+        Raises:
+            OSError: The disk is broken.
+        """
+        (os.fsync if final else os.fdatasync)(self._fd)
+
     def digest(self) -> Iterator[str]:
         """Read the file through a piece at a time, yielding after each the SHA-256 so far; the last one is the file's.
 
         Raises:
             OSError: The disk is broken.
         """
-        sha256 = hashlib.sha256()
-        offset = 0
-        while piece := os.pread(self._fd, _READ, offset):
-            sha256.update(piece)
-            offset += len(piece)
-            yield sha256.hexdigest()
+        return digest(self._fd)
 
-    def finish(self) -> None:
-        """Put the file on the disk for good, give it its name and close it.
-
-        Raises:
-            OSError: The disk is broken; the file keeps ``.part``.
-        """
-        try:
-            os.fsync(self._fd)
-            self.part.rename(self._path)
-        finally:
+    def close(self) -> None:
+        """Close the file, which lets go of its lock."""
+        if self._fd >= 0:
             os.close(self._fd)
+            self._fd = -1
 
     def discard(self) -> None:
         """Close the file and delete it."""
-        os.close(self._fd)
         self.part.unlink(missing_ok=True)
+        self.close()
 
     def _write_header(self) -> None:
-        size = self.frames * 2 * self._channels
+        size = self.frames * 2 * self.channels
         header = _HEADER.pack(
             b"RIFF",
             _HEADER.size - 8 + size,
@@ -135,10 +210,10 @@ class WavPart:
             b"fmt ",
             16,
             1,  # WAVE_FORMAT_PCM
-            self._channels,
-            self._sample_rate,
-            self._sample_rate * 2 * self._channels,
-            2 * self._channels,
+            self.channels,
+            self.sample_rate,
+            self.sample_rate * 2 * self.channels,
+            2 * self.channels,
             16,
             b"data",
             size,
@@ -146,7 +221,7 @@ class WavPart:
         self._write_all(header, 0)
         self._stale = False
 
-    def _write_all(self, data: bytes | bytearray, offset: int) -> None:
+    def _write_all(self, data: bytes, offset: int) -> None:
         view = memoryview(data)
         while view:
             try:
@@ -154,10 +229,20 @@ class WavPart:
                 written = os.pwrite(self._fd, view, offset)
             except OSError as error:
                 # What did fit is kept, to the last whole sample.
-                step = 2 * self._channels
+                step = 2 * self.channels
                 self.frames = max(self.frames, (offset - _HEADER.size) // step)
                 self._stale = True
                 os.ftruncate(self._fd, _HEADER.size + self.frames * step)
                 raise OSError(error.errno, error.strerror, str(self.part)) from None
             view = view[written:]
             offset += written
+
+
+def digest(fd: int) -> Iterator[str]:
+    """Yield the SHA-256 of an open file so far, in hex, after each piece of it."""
+    sha256 = hashlib.sha256()
+    offset = 0
+    while piece := os.pread(fd, _READ, offset):
+        sha256.update(piece)
+        offset += len(piece)
+        yield sha256.hexdigest()

@@ -119,6 +119,7 @@ class Room:
             processors=self._chain.names,
             playback=Playback(codec, Writer(self.name), lambda text: None, lambda: None, shared.clock),
             talk_back=False,
+            may_speak=False,
             control=self,
             loop=shared.loop,
             synthesizer=shared.synthesizer,

@@ -1,0 +1,301 @@
+"""What a crash leaves: made playable, once, by whoever comes, and never at the cost of anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from streamsink.audio import Track
+from streamsink.processors import segment
+from streamsink.processors import sidecar as sidecar_module
+from streamsink.processors.record import Record
+from streamsink.processors.repair import JUST_MADE, Repaired, repair, repair_all
+from streamsink.processors.wav import WavPart
+from streamsink.processors.writer import writer
+from tests.recording_child import FORMATS, PTIME, spoken
+from tests.streams import counting, frame, make_stream
+
+STEM = "20261120T204218Z_front_desk"
+KILLS = 20
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def told(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def later() -> float:
+    return time.time() + 2 * JUST_MADE
+
+
+async def left_behind(folder: Path, to: Path, samples: int = 8000, **options: Any) -> None:
+    """What lies on the disk while a recording lives, as a crash would leave it: copied, since no lock goes along."""
+    stream = make_stream(folder)
+    processor = Record(**options)
+    await processor.on_start(stream)
+    processor.on_frame(frame(counting(0, samples // 2)))
+    processor.on_frame(frame(counting(samples // 2, samples // 2), samples // 2 + 800, lost=800))
+    async with asyncio.timeout(20):
+        while processor._pending:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    # The header is written in the same turn as the audio; another job comes after it.
+    await writer.run(lambda: None)
+    await asyncio.to_thread(shutil.copytree, folder, to)
+    await processor.on_stop("stop")
+
+
+WANTED = [*range(4000), *[0] * 800, *range(4000, 8000)]
+
+
+@pytest.mark.parametrize("format", ["wav", "flac"])
+async def test_a_crashed_recording_becomes_what_it_was_to_be(format: str, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there, format=format)
+    assert names(there) == [f"{STEM}.json.part", f"{STEM}.wav.part"]
+    assert list(repair(there)) == [Repaired(STEM, (f"{STEM}.{format}", f"{STEM}.json"))]
+    assert names(there) == sorted([f"{STEM}.json", f"{STEM}.{format}"])
+    audio = there / f"{STEM}.{format}"
+    assert soundfile.read(audio, dtype="int16")[0].tolist() == WANTED
+    sidecar = told(there / f"{STEM}.json")
+    assert (sidecar["complete"], sidecar["format"], sidecar["stream_sid"]) == (False, format, "7d56")
+    assert sidecar["sha256"] == hashlib.sha256(audio.read_bytes()).hexdigest()
+    assert sidecar["duration_seconds"] == 1.1
+    assert "ended before" in sidecar["error"]
+    assert list(repair(there)) == []
+
+
+def rest(path: Path) -> bytes:
+    return path.read_bytes()[44:]
+
+
+DAMAGE: dict[str, Callable[[Path, Path], object]] = {
+    "an odd tail": lambda wav, sidecar: wav.write_bytes(wav.read_bytes() + b"x"),
+    "a header that says it is empty": lambda wav, sidecar: os.truncate(wav, 44 + 17_600),
+    "a header of zeros": lambda wav, sidecar: wav.write_bytes(bytes(44) + rest(wav)),
+    "no sidecar": lambda wav, sidecar: sidecar.unlink(),
+    "an empty sidecar": lambda wav, sidecar: sidecar.write_bytes(b""),
+    "a torn sidecar": lambda wav, sidecar: sidecar.write_bytes(sidecar.read_bytes()[:200]),
+    "a sidecar of zeros": lambda wav, sidecar: sidecar.write_bytes(bytes(4096)),
+    "a sidecar that is something else": lambda wav, sidecar: sidecar.write_bytes(b'["a"]'),
+    "an encoding that was begun": lambda wav, sidecar: wav.with_name(f"{STEM}.flac.part").write_bytes(b"fLaC"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_damage_of_any_kind_leaves_a_file_that_plays(damage: str, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there)
+    DAMAGE[damage](there / f"{STEM}.wav.part", there / f"{STEM}.json.part")
+    (done,) = repair(there, later)
+    assert done == Repaired(STEM, (f"{STEM}.wav", f"{STEM}.json"))
+    assert names(there) == [f"{STEM}.json", f"{STEM}.wav"]
+    assert soundfile.read(there / f"{STEM}.wav", dtype="int16")[0].tolist() == WANTED
+    sidecar = told(there / f"{STEM}.json")
+    assert (sidecar["complete"], sidecar["sample_rate"]) == (False, 8000)
+    assert sidecar["started_at"].startswith("2026-11-20T20:42:18")
+
+
+async def test_a_live_recording_is_left_alone(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    processor = Record()
+    await processor.on_start(stream)
+    processor.on_frame(frame(counting(0, 160)))
+    assert list(repair(tmp_path, later)) == [Repaired(STEM, problem="in use", in_use=True)]
+    await processor.on_stop("stop")
+    assert soundfile.read(tmp_path / f"{STEM}.wav", dtype="int16")[0].tolist() == list(range(160))
+    assert told(tmp_path / f"{STEM}.json")["complete"] is True
+    assert list(repair(tmp_path)) == []
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+@pytest.mark.parametrize("format", ["wav", "flac"])
+async def test_a_crash_between_any_two_steps_of_the_end_is_made_good(
+    format: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a recording is cut short after each of its steps on disk, then done again."""
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there, format=format)
+    steps = 0
+
+    class Crash(BaseException):
+        pass
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                raise Crash
+            return function(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("give_name", "sync_folder"):
+            patch.setattr(segment, name, counted(getattr(segment, name)))
+        patch.setattr("streamsink.processors.sidecar.write", counted(sidecar_module.write))
+        patch.setattr("os.link", counted(os.link))
+        patch.setattr("os.unlink", counted(os.unlink))
+        with contextlib.suppress(Crash):
+            list(repair(there))
+    # What a dead process had open is closed.
+    gc.collect()
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(there)):
+                os.close(int(descriptor))
+        except OSError:
+            continue
+    list(repair(there))
+    assert names(there) == sorted([f"{STEM}.json", f"{STEM}.{format}"])
+    assert soundfile.read(there / f"{STEM}.{format}", dtype="int16")[0].tolist() == WANTED
+    assert (
+        told(there / f"{STEM}.json")["sha256"] == hashlib.sha256((there / f"{STEM}.{format}").read_bytes()).hexdigest()
+    )
+    assert list(repair(there)) == []
+
+
+async def test_what_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there)
+    (there / f"{STEM}.wav").write_bytes(b"theirs")
+    (done,) = repair(there)
+    assert done.problem is not None
+    assert (there / f"{STEM}.wav").read_bytes() == b"theirs"
+    assert len(rest(there / f"{STEM}.wav.part")) == 2 * len(WANTED)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "x.wav.part").symlink_to(tmp_path / "theirs")
+    (tmp_path / "y.json.part").symlink_to(tmp_path / "theirs")
+    os.mkfifo(tmp_path / "z.wav.part")
+    assert all(done.problem for done in repair(tmp_path, later))
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+
+
+def test_what_was_only_just_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.json.part").touch()
+    (tmp_path / "b.wav.part").touch()
+    assert list(repair(tmp_path)) == []
+    assert list(repair(tmp_path, later)) == [Repaired("a"), Repaired("b", ("b.wav", "b.json"))]
+    assert names(tmp_path) == ["b.json", "b.wav"]
+
+
+def test_both_sides_of_a_separate_recording_share_a_sidecar(tmp_path: Path) -> None:
+    for side, n in (("inbound", 100), ("outbound", 70)):
+        wav = WavPart(tmp_path / f"x.{side}.wav", 8000, 1)
+        wav.write(counting(1, n), 0, 0)
+        wav.close()
+    alone = WavPart(tmp_path / "y.inbound.wav", 8000, 1)
+    alone.close()
+    (tmp_path / "y.inbound.json.part").touch()
+    repair_all([tmp_path, tmp_path / "missing"])
+    assert names(tmp_path) == ["x.inbound.wav", "x.json", "x.outbound.wav", "y.inbound.json", "y.inbound.wav"]
+    assert [file["channels"] for file in told(tmp_path / "x.json")["files"]] == [
+        [["inbound"]],
+        [["outbound", "played"]],
+    ]
+    assert soundfile.info(tmp_path / "x.outbound.wav").frames == 100
+
+
+async def test_the_command_tells_what_it_did(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there)
+    command = [sys.executable, "-m", "streamsink", "repair"]
+
+    def run(folder: Path) -> tuple[int, str, str]:
+        done = subprocess.run([*command, str(folder)], check=False, capture_output=True, text=True)
+        return done.returncode, done.stdout.split("\n")[-2] if done.stdout else "", done.stderr
+
+    status, out, err = await asyncio.to_thread(run, there)
+    assert (status, out, err) == (0, f"{STEM}: {STEM}.wav, {STEM}.json", "")
+    (there / "x.wav.part").symlink_to(there / "nowhere")
+    status, _, err = await asyncio.to_thread(run, there)
+    assert status == 1
+    assert "x: left as it is:" in err
+    status, _, err = await asyncio.to_thread(run, tmp_path / "missing")
+    assert status == 1
+    assert "is no folder" in err
+
+
+# --- Twenty kills ----------------------------------------------------------------------------------------------------
+
+
+def test_twenty_kills_at_random_moments_lose_a_second_at_most(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.recording_child", str(tmp_path), str(KILLS)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    moments = sorted((rng.uniform(0.3, 3.5), pid) for pid in pids)
+    began = time.monotonic()
+    for moment, pid in moments:
+        time.sleep(max(0.0, began + moment - time.monotonic()))
+        os.kill(pid, signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait(20) == 0
+    worst = 0.0
+    checked = 0
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        fed = np.fromfile(tmp_path / f"fed-{number}", np.int64)
+        assert all(done.problem is None for done in repair(folder, later))
+        assert list(repair(folder, later)) == []
+        for stream in range(len(FORMATS)):
+            found = sorted(p for p in folder.glob(f"*_{stream}.*") if p.suffix != ".json")
+            if not found:
+                assert fed[stream] <= 8000
+                continue
+            (audio,) = found
+            samples = soundfile.read(audio, dtype="int16")[0]
+            sidecar = told(audio.with_suffix(".json"))
+            assert len(samples) == round(sidecar["duration_seconds"] * 8000)
+            assert np.array_equal(samples, spoken(stream, len(samples)))
+            # A frame may have been fed and not yet told.
+            lost = (int(fed[stream]) - len(samples)) / 8000
+            assert lost <= 1.0 + PTIME
+            worst = max(worst, lost)
+            checked += 1
+        assert not list(folder.glob("*.part"))
+    assert checked > KILLS * 3
+
+
+async def test_a_track_pair_survives_too(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path / "live", tracks=(Track.INBOUND, Track.OUTBOUND))
+    processor = Record()
+    await processor.on_start(stream)
+    processor.on_frame(frame(counting(0, 800)))
+    processor.on_frame(frame(counting(5, 800), track=Track.OUTBOUND))
+    async with asyncio.timeout(20):
+        while (tmp_path / "live" / f"{STEM}.wav.part").stat().st_size < 44 + 3200:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.to_thread(shutil.copytree, tmp_path / "live", tmp_path / "there")
+    await processor.on_stop("stop")
+    list(repair(tmp_path / "there"))
+    samples = soundfile.read(tmp_path / "there" / f"{STEM}.wav", dtype="int16")[0]
+    assert samples.shape == (800, 2)
+    assert samples[:, 0].tolist() == list(range(800))
