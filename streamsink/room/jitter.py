@@ -4,11 +4,13 @@ What is kept between the two clocks is a delay. It follows the jitter that is me
 pitch periods are put in or left out, in silence when that can wait. What is missing is made up by repeating the last
 period ever softer, so that there is never a click.
 
-Delays are judged on a virtual clock: the buffer's level less what a steady reader would have taken since its last read.
-That makes the delay of a frame that is on time a constant, whatever the sizes of what goes in and out.
+Delays are judged on a virtual clock: what was read last is played from then on, sample by sample, and what waits
+follows it. That makes the delay of a frame that is on time a constant, whatever the sizes of what goes in and out.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -21,20 +23,28 @@ LEAST = 0.02
 """Seconds of delay where nothing jitters."""
 MOST = 0.2
 """Seconds of delay at most; what is beyond is cut out, also in speech."""
-MARGIN = 0.01
-"""Seconds of delay above the jitter measured."""
+MARGIN = 0.02
+"""Seconds of the first delay that are for no jitter."""
+EDGE = 0.002
+"""Seconds more than the jitter measured that a frame may be late."""
 FORGET = 0.005
 """Seconds a second in which jitter that was once seen is forgotten."""
 CREEP = 0.0005
 """Seconds a second by which another clock may differ from ours."""
-LONG, TOO_LONG = 0.01, 0.04
+SPARE = 0.006
+"""Seconds of audio that are left over by a read just before what is on time comes."""
+LONG, TOO_LONG = 0.004, 0.04
 """Seconds of delay too much that are mended in silence, and those that are mended in speech."""
-SHORT, TOO_SHORT = 0.004, 0.008
-"""Seconds of delay too little, likewise. The longest pitch period takes neither beyond the other."""
+SHORT, TOO_SHORT = 0.002, 0.004
+"""Seconds of delay too little, likewise."""
+ALIKE = 0.6
+"""How alike what is joined in speech must be, unless the delay runs out."""
 FADE = 0.06
 """Seconds in which what is made up fades away."""
 BROKEN = 0.2
 """Seconds made up after which the delay is built anew; and the longest gap that is filled."""
+USUAL = 0.02
+"""Seconds that are pulled at once, until the first pull tells."""
 LARGEST = 0.12
 """Seconds taken at once; more is taken in pieces."""
 STRAY = 1.0
@@ -74,6 +84,7 @@ class JitterBuffer:
         "_made_up",
         "_period",
         "_pitch",
+        "_pulled",
         "_read",
         "_want",
         "concealed",
@@ -92,7 +103,7 @@ class JitterBuffer:
         self.first = first
         self._least = least
         self.delay = self.target = first
-        self.jitter = first - MARGIN
+        self.jitter = max(0.0, first - MARGIN)
         self.concealed = self.inserted = self.dropped = self.cuts = 0
         self._pitch = Pitch(rate)
         # What has been read and may be needed to make something up, then what has not been read.
@@ -100,6 +111,8 @@ class JitterBuffer:
         self._buffer: Samples = np.zeros(self._headroom + rate, np.int16)
         self._read = self._end = self._headroom
         self._last_pull = self._last_push = 0.0
+        # How many samples were taken then.
+        self._pulled = round(USUAL * rate)
         # Where the next frame should begin; None before the first.
         self._expected: int | None = None
         # The least transit time seen: what a frame that is on time has.
@@ -167,6 +180,7 @@ class JitterBuffer:
             Shape ``(n,)``, int16: a view that holds until the next call of anything here.
         """
         self._last_pull = now
+        self._pulled = n
         if self._want:
             self._stretch()
         read = self._read
@@ -178,8 +192,11 @@ class JitterBuffer:
     # --- How long to wait ---
 
     def _since_pull(self, now: float) -> float:
-        """What a steady reader has taken since the last pull, in seconds; one that has stopped takes nothing."""
-        return min(max(0.0, now - self._last_pull), LARGEST)
+        """How much more than it pulled last a steady reader has used up since, in seconds: less than nothing at first.
+
+        One that has stopped takes nothing more.
+        """
+        return min(max(0.0, now - self._last_pull), LARGEST) - self._pulled / self.rate
 
     def _begin(self, now: float) -> None:
         """Put silence before what comes, as long as the delay that is wanted."""
@@ -194,8 +211,13 @@ class JitterBuffer:
     def _measure(self, late: float, now: float) -> None:
         """Learn from a frame that came so many seconds after it could have come."""
         jitter = self.jitter - FORGET * (now - self._last_push)
-        self.jitter = min(late, MOST - MARGIN) if late > jitter else max(jitter, 0.0)
-        self.target = min(max(self.jitter + MARGIN, self._least), MOST)
+        self.jitter = min(late, MOST) if late > jitter else max(jitter, 0.0)
+        # Reads come in lumps: how long before one a frame comes that is on time, and how many there are while one is
+        # waited for that is late.
+        lump = self._pulled / self.rate
+        early = lump - (now - late - self._last_pull) % lump
+        lumps = max(0, math.ceil((self.jitter + EDGE - early) / lump))
+        self.target = min(max(early + lumps * lump + SPARE, self._least), MOST)
         waits = self.level / self.rate - self._since_pull(now) + late
         self.delay += (waits - self.delay) / 8
         over = self.delay - self.target
@@ -285,7 +307,11 @@ class JitterBuffer:
         loud = float(np.sqrt(np.mean(np.square(ahead, dtype=np.float32))))
         if loud > SILENCE and -TOO_SHORT < want / self.rate < TOO_LONG:
             return
-        lag, _ = pitch.period(ahead)
+        lag, likeness = (
+            pitch.period(ahead) if loud > SILENCE else (max(pitch.shortest, min(abs(want), pitch.longest)), 1.0)
+        )
+        if likeness < ALIKE and -SPARE < want / self.rate < 2 * TOO_LONG:
+            return
         window = pitch.window
         blend = pitch.blend
         if want > 0:

@@ -88,13 +88,18 @@ class Limiter:
             gain = np.minimum(1 - (1 - gain) * self._decay, ends[:, k])
             gains[:, k + 1] = gain
         gains = np.where(gains > 0.99999, np.float32(1), gains)
-        delayed = np.concatenate([self._waiting, sums[:, : -self._ahead]], axis=1).reshape(rows, pieces, piece)
+        limited = np.empty((rows, self._block), np.float32)
+        limited[:, : self._ahead] = self._waiting
+        limited[:, self._ahead :] = sums[:, : -self._ahead]
         slope = np.arange(1, piece + 1, dtype=np.float32) / np.float32(piece)
-        levels = gains[:, :-1, None] + (gains[:, 1:] - gains[:, :-1])[:, :, None] * slope
+        levels = (gains[:, 1:] - gains[:, :-1])[:, :, None] * slope
+        levels += gains[:, :-1, None]
+        limited *= levels.reshape(rows, self._block)
         # Rounding of floats may add a step to what fills the range.
-        limited = np.clip(np.rint(delayed * levels), -CEILING - 1, CEILING)
+        np.rint(limited, out=limited)
+        np.clip(limited, -CEILING - 1, CEILING, out=limited)
         self._waiting = sums[:, -self._ahead :].copy()
         self._allowed = allowed[:, -PIECES_AHEAD:]
         self._gain = gains[:, -1]
         self._idle = bool((self._gain == 1).all() and (self._allowed == 1).all())
-        return limited.reshape(rows, self._block).astype(np.int16)
+        return limited.astype(np.int16)
