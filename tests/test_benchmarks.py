@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as report
-from benchmarks import bench_endpoint, bench_mixing, bench_path, bench_playout
+from benchmarks import bench_endpoint, bench_mixing, bench_path, bench_playout, bench_recording
 from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
 from benchmarks.load import Result, Step, cpu_seconds, masked_frame, media_text, resident_bytes
 from streamsink.codec import CodecSpec
@@ -186,6 +186,19 @@ def test_lateness_is_counted_from_the_first_frame_and_the_lead() -> None:
     assert bench_playout.underruns(arrivals, since=0) == 0
     assert bench_playout.underruns([*arrivals, 10.11, 10.12, 10.2], since=0) == 2
     assert bench_playout.underruns([*arrivals, 10.11, 10.12, 10.2], since=10.12) == 1
+
+
+@pytest.mark.parametrize("way", ["record", "inline"])
+def test_recording_is_measured(way: str) -> None:
+    measured = bench_recording.measure(way, "flac", streams=3, seconds=0.2)
+    assert measured.cpu > 0
+    assert 0 <= measured.stall_p999 <= measured.stall_max
+
+
+def test_kills_are_counted() -> None:
+    files, worst = bench_recording.kills(2)
+    assert files <= 10
+    assert worst < 100_000
 
 
 def test_the_report_names_the_machine_but_not_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

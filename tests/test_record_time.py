@@ -1,0 +1,71 @@
+"""An hour of a call in a few seconds: what is recorded has the audio's length, whatever clocks and networks do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from streamsink.config import Pipeline, Settings
+from streamsink.metrics import Metrics
+from streamsink.plugins import find
+from streamsink.processors import writer
+from streamsink.session import Endpoint, Session
+from streamsink.wire import PlatformWriter
+from tests.recording_child import Outlet
+
+HOUR = 3600
+PTIME = 0.1
+FRAME = 800
+
+
+@pytest.mark.parametrize("ppm", [-200, 200])
+async def test_an_hour_is_an_hour_at_any_skew_and_through_a_step_of_the_wall_clock(
+    ppm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "FLUSH_INTERVAL", 0.01)
+    wall = time.time
+    settings = Settings(recordings=tmp_path, pipelines={"default": Pipeline(processors=["record"])})
+    endpoint = Endpoint(settings, {"default": [find("record:layout=stereo")]}, Metrics(), asyncio.get_running_loop())
+    began = now = asyncio.get_running_loop().time()
+    endpoint.clock = lambda: now
+    session = Session(endpoint, Outlet(), path="/", pipeline="default", client="", token_name="", now=now)
+    platform = PlatformWriter("sid")
+    session.receive(platform.connected(), now)
+    session.receive(platform.start(account_sid="a", call_sid="c", encoding="PCMU", sample_rate=8000), now)
+    await asyncio.sleep(0.05)
+    rng = random.Random(ppm)
+    payload = bytes([0x80 + 0x10]) * FRAME
+    beep = np.full(FRAME, 5000, np.int16)
+    frames = round(HOUR / PTIME)
+    late = 0.0
+    for number in range(frames):
+        if number == frames // 2:
+            monkeypatch.setattr(time, "time", lambda: wall() - 3600)
+        # The network delays, now and then for seconds, and what waited comes at once.
+        late = rng.uniform(2, 5) if rng.random() < 0.001 else max(0.0, late - PTIME)
+        due = began + (number + 1) * PTIME * (1 + ppm / 1e6) + rng.uniform(0, 0.02)
+        now = max(now, due + late)
+        if number == frames - 50:
+            # Five seconds before the end the far end hears a beep of ours, by its own clock.
+            session._on_played(beep, began + number * PTIME * (1 + ppm / 1e6))
+        session.receive(platform.media(payload, chunk=number + 1, timestamp_ms=number * 100), now)
+        if number % 1500 == 0:
+            await asyncio.sleep(0.03)
+    session.receive(platform.stop(), now)
+    await session.done.wait()
+    (path,) = await asyncio.to_thread(lambda: list(tmp_path.glob("*.wav")))
+    samples = soundfile.read(path, dtype="int16")[0]
+    assert abs(len(samples) / 8000 - HOUR) <= 0.02
+    assert (samples[:, 0] == samples[0, 0]).all()
+    (heard,) = np.nonzero(samples[:, 1])
+    assert abs(heard[0] / 8000 - (HOUR - 5)) <= 0.02
+    assert len(heard) == FRAME
+    told = json.loads(path.with_suffix(".json").read_text())
+    assert (told["gaps"], told["complete"]) == ([], True)
