@@ -213,6 +213,24 @@ def test_a_member_that_fails_is_taken_out_and_the_others_hear_each_other() -> No
     assert levels(np.concatenate(ears.heard)[-4000:], 8000, 1000) == [pytest.approx(75.6, abs=0.5)]
 
 
+def test_who_does_not_read_hurts_nobody_else_and_hears_on_when_they_do() -> None:
+    room = Virtual()
+    ears, voice, slow = Leg(room, 400), Leg(room, 1000), Leg(room, 700)
+    room.run(1)
+    room.legs.remove(slow)
+    room.run(10)
+    assert slow.member.out.level < 8000 * 0.5
+    assert levels(np.concatenate(ears.heard)[-4000:], 8000, 1000) == [pytest.approx(75.6, abs=0.5)]
+    assert voice.member.out.concealed == ears.member.out.concealed
+    slow.sent, slow.pulled = 0, 0
+    slow.began = room.now
+    slow.heard.clear()
+    room.legs.append(slow)
+    room.run(3)
+    assert levels(slow.all(1), 8000, 400, 1000) == [pytest.approx(75.6, abs=0.5)] * 2
+    assert slow.member.out.delay < 0.06
+
+
 def test_a_leg_that_lives_elsewhere_gets_every_tick() -> None:
     room = Virtual(16_000)
     Leg(room, 1000)

@@ -167,6 +167,9 @@ async def test_who_may_not_join_goes_on_alone(serve: Serve) -> None:
         assert value not in told
     first.send(STOP)
     await eventually(lambda: len(server.server.endpoint.rooms) == 0)
+    # Nothing is left of it.
+    await server.server.endpoint.rooms.close("shutdown")
+    assert not server.server.endpoint.rooms._unfinished
 
 
 async def test_a_room_waits_a_grace_and_is_taken_up_again(serve: Serve) -> None:

@@ -65,6 +65,7 @@ class Room:
         recordings: The folder files about this room go to.
         tally: Where its processors' failures are counted.
         over: Called when it has ended.
+        finished: Called when its processors have, too.
 
     Attributes:
         mixer: Who is in it; mute, gain and deafen are attributes of its members.
@@ -82,12 +83,14 @@ class Room:
         recordings: Path,
         tally: Tally,
         over: Callable[[Room], None],
+        finished: Callable[[Room], None],
     ) -> None:
         self.name = name
         self.settings = settings
         self.closed = asyncio.Event()
         self._shared = shared
         self._over = over
+        self._finished = finished
         self._attendances: dict[Member, Attendance] = {}
         self._ending: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -214,6 +217,7 @@ class Room:
             await self._chain.stop(reason)
         finally:
             self.closed.set()
+            self._finished(self)
 
     # --- What its stream asks for ---
 
@@ -295,7 +299,17 @@ class Rooms:
         pattern = next((pattern for pattern in self._settings if fnmatch.fnmatchcase(name, pattern)), None)
         settings = RoomSettings() if pattern is None else self._settings[pattern]
         plugins = [] if pattern is None else self._plugins.get(pattern, [])
-        room = Room(name, settings, plugins, rate, self._shared, self._recordings, self._tally, over=self._over)
+        room = Room(
+            name,
+            settings,
+            plugins,
+            rate,
+            self._shared,
+            self._recordings,
+            self._tally,
+            over=self._over,
+            finished=self._unfinished.discard,
+        )
         self._open[name] = room
         self._unfinished.add(room)
         return room
@@ -309,8 +323,7 @@ class Rooms:
         for room in list(self._open.values()):
             room.close(reason)
         while self._unfinished:
-            room = self._unfinished.pop()
-            await room.closed.wait()
+            await next(iter(self._unfinished)).closed.wait()
 
 
 def _built(plugins: list[Plugin], tally: Tally) -> list[tuple[str, Processor]]:
