@@ -128,6 +128,8 @@ async def test_three_callers_hear_the_two_others_and_the_recording_holds_all(ser
     assert "_crew-7" in sidecar.name
     told = json.loads(sidecar.read_text())
     assert (told["stream_sid"], told["complete"], told["close_code"]) == ("crew-7", True, 1000)
+    assert sorted(member["name"] for member in told["members"]) == sorted(CALLERS)
+    assert all(0 <= member["joined"] < 2 < member["left"] for member in told["members"])
     whole, rate = soundfile.read(sidecar.with_suffix(".wav"), dtype="int16")
     assert whole.ndim == 1
     assert min(levels(whole[round(1.5 * rate) : round(3.3 * rate)], rate, *CALLERS.values())) > 20 * np.log10(6000) - 2

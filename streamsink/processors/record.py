@@ -261,6 +261,7 @@ class Record(Processor):
         sidecar.codec = str(self._stream.codec)
         sidecar.close_code = self._stream.close_code
         sidecar.close_reason = self._stream.close_reason
+        sidecar.members = list(self._stream.members)
         self._recording.flawed = self._recording.flawed or reason == "error"
         # Given up on by who asked, the threads still come to the end of it.
         ending = asyncio.ensure_future(self._end())

@@ -431,6 +431,7 @@ class Recording:
         self._tell(segment)
         sidecar = segment.sidecar
         sidecar.close_code, sidecar.close_reason = self.sidecar.close_code, self.sidecar.close_reason
+        sidecar.members = self.sidecar.members
         sidecar.complete = not self.flawed and not sidecar.missing_seconds
         # What lies before the segments that are still open is told.
         if not self._closed and self._open:

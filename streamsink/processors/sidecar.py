@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from streamsink.stream import Attendance
+
 _ROOM = 4096
 """Bytes a live sidecar takes at least, so that what its end adds has its room on a disk that is full by then."""
 _LONGEST = 1 << 26
@@ -65,6 +67,7 @@ class Sidecar(msgspec.Struct):
         missing_seconds: How much before that is in no file, since the disk took nothing.
         trim: Whether silence is cut off at the recording's ends.
         error: Why the file ends where it does, if not as meant.
+        members: Of a room: who was in it, and when, in seconds on the stream's clock.
     """
 
     stream_sid: str
@@ -91,6 +94,7 @@ class Sidecar(msgspec.Struct):
     trim: bool = False
     trimmed: Trimmed | None = None
     error: str | None = None
+    members: list[Attendance] = []
 
 
 def write(path: Path, sidecar: Sidecar, *, final: bool) -> None:
