@@ -292,7 +292,7 @@ def thread_lag() -> str:
     """The loop's lag while one file is decoded in a thread."""
 
     async def measured() -> list[float]:
-        return await lag_while(asyncio.ensure_future(asyncio.to_thread(in_a_thread, "flite-rms_s1")))  # type: ignore[arg-type]
+        return await lag_while(asyncio.ensure_future(asyncio.to_thread(in_a_thread, "flite-rms_s1")))
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         late = runner.run(measured())

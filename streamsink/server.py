@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -34,6 +34,7 @@ from streamsink.auth import (
     make_or_load_token,
     webhook_secret,
 )
+from streamsink.bus import Bus, open_bus
 from streamsink.config import Settings, Token
 from streamsink.connection import Connection
 from streamsink.disk import Room
@@ -141,6 +142,11 @@ class Server:
                 says = plugin.build().says
                 self._must_speak |= says is True
                 self._may_speak |= says is None and plugin.calls_say
+        if self.settings.workers > 1 and self.settings.bus is None:
+            _refuse_mix(self.pipelines)
+        if self.settings.bus is not None:
+            # A URL that cannot be used is told now.
+            open_bus(self.settings.bus)
         self.certificate: Path | None = None
         self._context: ssl.SSLContext | None = None
         self._reloader: tls.CertificateReloader | None = None
@@ -148,6 +154,7 @@ class Server:
             self._load_certificate()
         self._socket = listener
         self.siblings = siblings
+        self._bus: Bus | None = None
         self._endpoint: Endpoint | None = None
         self._uvicorn: _Uvicorn | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -245,6 +252,9 @@ class Server:
         self.metrics.watch(endpoint.sessions)
         folders = self._folders()
         writer.encode(lambda: repair_all(folders))
+        if self.settings.bus is not None:
+            endpoint.rooms.bus = self._bus = open_bus(self.settings.bus)
+            await self._bus.open()
         if self.siblings is not None:
             self.siblings.on("metrics", lambda sender, body: self.metrics.render()[0])
             endpoint.join(self.siblings)
@@ -353,6 +363,8 @@ class Server:
             async with asyncio.timeout(STOP_SECONDS):
                 await self._streams_ended()
                 await self.endpoint.rooms.close("shutdown")
+        if self._bus is not None:
+            await self._bus.close()
         assert self._uvicorn is not None
         self._uvicorn.should_exit = True
         serving, housekeeping = self._tasks
@@ -425,6 +437,16 @@ class Server:
                 loop.run_until_complete(asyncio.wait(left, timeout=1.0))
         finally:
             loop.close()
+
+
+def _refuse_mix(pipelines: Mapping[str, list[Plugin]]) -> None:
+    for name, plugins in pipelines.items():
+        if any(plugin.name == "mix" for plugin in plugins):
+            raise ConfigError(
+                f"--workers is above 1 and the pipeline {name} has mix: members of a room may land in different "
+                "processes, which hear each other over a bus; start one (`nats-server -a 127.0.0.1`) and name it with "
+                "--bus nats://127.0.0.1:4222, or serve with one worker"
+            )
 
 
 def _trim() -> None:

@@ -43,6 +43,7 @@ class Member:
         name: The stream's name.
         rate: Hz of its audio, both ways.
         mode: Whether it speaks, listens, or both.
+        far: Whether it is another mixer, with the members it has.
 
     Attributes:
         on_block: Where set, each tick's mix goes there at once, at the member's rate: samples, their position on the
@@ -52,7 +53,8 @@ class Member:
         gone: Whether it has left.
     """
 
-    def __init__(self, mixer: Mixer, sid: str, name: str | None, rate: int, mode: Mode) -> None:
+    def __init__(self, mixer: Mixer, sid: str, name: str | None, rate: int, mode: Mode, *, far: bool = False) -> None:
+        self.far = far
         self.sid = sid
         self.name = name
         self.rate = rate
@@ -146,6 +148,11 @@ class Member:
 
     def _to_rate(self, rate: int) -> None:
         """The mixer works at another rate from now on; what goes in and out is silent at this moment."""
+        if self is self._mixer.uplink:
+            # Whoever gets it takes any rate: what the mixer has is what it gives.
+            self.rate = rate
+            self._block = round(rate * TICK)
+            self._position = 0
         tail = self._out.flush() if self._out is not None else None
         if tail is not None and len(tail):
             self._give(tail, self._mixer.now)
@@ -201,6 +208,7 @@ class Mixer:
         began: Seconds, when its clock began.
         now: When the last tick was.
         members: Who is part of it.
+        uplink: Where set, who hears what those say that are not far: what other mixers are sent.
         on_mix: Given each tick's whole mix, its position in samples at the rate the mixer began with, and when; an
             array of its own.
         on_speaker: Told of each change of the active speaker.
@@ -212,6 +220,7 @@ class Mixer:
         self.fixed = fixed
         self.began = self.now = now
         self.members: list[Member] = []
+        self.uplink: Member | None = None
         self.on_mix: Callable[[Samples, int, float], None] | None = None
         self.on_speaker: Callable[[Speaker], None] | None = None
         self.failed: Callable[[Member, Exception], None] | None = None
@@ -223,6 +232,8 @@ class Mixer:
         self._same = True
         # Rows among those who hear, and among those who speak, of who does both.
         self._own: tuple[list[int], list[int]] = ([], [])
+        # Row of the uplink among those who hear, and rows of those who are far among those who speak.
+        self._near: tuple[int, list[int]] | None = None
         self._speaker: ActiveSpeaker[Member] = ActiveSpeaker()
         self._limiter = Limiter(round(rate * TICK))
         self._limiter.add()
@@ -235,13 +246,33 @@ class Mixer:
         """When the next tick is due."""
         return self._next
 
-    def join(self, sid: str, name: str | None, rate: int, mode: Mode = "both") -> Member:
+    @property
+    def speaker(self) -> Member | None:
+        """The active speaker."""
+        return self._speaker.current
+
+    def tap(self, take: Callable[[Samples, int, float], None]) -> Member:
+        """Give what is said here, but not by those who are far, to other mixers at each tick.
+
+        Args:
+            take: See :attr:`Member.on_block`; at whatever rate the mixer has.
+        """
+        uplink = self.uplink = Member(self, "", None, self.rate, "listen")
+        uplink.on_block = take
+        self._add(uplink)
+        return uplink
+
+    def join(self, sid: str, name: str | None, rate: int, mode: Mode = "both", *, far: bool = False) -> Member:
         """Add a member."""
         if rate > self._wanted_rate and not self.fixed:
             self._wanted_rate = rate
             if not self.members and not self._speaking:
                 self._change_rate()
-        member = Member(self, sid, name, rate, mode)
+        member = Member(self, sid, name, rate, mode, far=far)
+        self._add(member)
+        return member
+
+    def _add(self, member: Member) -> None:
         self.members.append(member)
         if member.speaks:
             self._speaking.append(member)
@@ -249,7 +280,6 @@ class Mixer:
             self._hearing.append(member)
             self._limiter.add()
         self._index()
-        return member
 
     def left(self, member: Member) -> None:
         """A member leaves."""
@@ -298,6 +328,9 @@ class Mixer:
             sums[1:] = sums[0]
             rows, own = self._own
             sums[1:][rows] -= said[own]
+            if self._near is not None:
+                uplink, far = self._near
+                sums[1 + uplink] -= said[far].sum(axis=0, dtype=np.int32)
         mixes = self._limiter.push(sums)
         if self._rising or self._wanted_rate != self.rate:
             mixes = self._faded(mixes)
@@ -366,6 +399,8 @@ class Mixer:
         self._same = self._speaking == self._hearing
         both = [(row, self._speaking.index(m)) for row, m in enumerate(self._hearing) if m in self._speaking]
         self._own = ([row for row, _ in both], [own for _, own in both])
+        far = [row for row, member in enumerate(self._speaking) if member.far]
+        self._near = (self._hearing.index(self.uplink), far) if self.uplink in self._hearing else None
 
     def _faded(self, mixes: Samples) -> Samples:
         """Where the rate changes sound fades and swells, 20 ms each: no filter is cut in mid-sound."""

@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 import structlog
 
 from streamsink.audio import Frame, Samples, Track
+from streamsink.bus import Bus
 from streamsink.codec import CodecSpec
 from streamsink.config import RoomSettings
 from streamsink.delivery import Delivery
@@ -22,6 +23,7 @@ from streamsink.errors import ProcessorError, RoomRefused, TalkBackOff
 from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, Processor, Tally
+from streamsink.room.link import Attendant, Link, Peer
 from streamsink.room.mixer import TICK, Member, Mixer, Mode
 from streamsink.speech.events import Speaker, Transcript
 from streamsink.speech.synthesis import Synthesizer
@@ -53,6 +55,88 @@ class RoomStream(Stream):
         raise TalkBackOff("a room's processors only listen: let a processor of a member's pipeline speak")
 
 
+class Audience:
+    """The processors that listen to a room, and the stream they see; one for as long as they listen.
+
+    Args:
+        room: What they listen to.
+        plugins: How they are made.
+        shared: The endpoint.
+        recordings: The folder files about the room go to.
+        tally: Where their failures are counted.
+    """
+
+    def __init__(self, room: Room, plugins: list[Plugin], shared: Shared, recordings: Path, tally: Tally) -> None:
+        mixer = room.mixer
+        self._chain = Chain(_built(plugins, tally), tally, detectors=shared.detectors)
+        self._rate = mixer.first_rate
+        # Where the mixer's clock stands when they begin, in samples.
+        self._began: int | None = None
+        self._began_at = shared.clock()
+        self._clock = shared.clock
+        self._sequence = 0
+        self._present: dict[object, Attendance] = {}
+        codec = CodecSpec("L16", self._rate, round(TICK * 1000))
+        self.stream = RoomStream(
+            sid=room.name,
+            call_sid=None,
+            account_sid=None,
+            name=None,
+            codec=codec,
+            tracks=(Track.MIX,),
+            custom_parameters={},
+            path="",
+            started_at=datetime.now(UTC),
+            recordings=recordings,
+            processors=self._chain.names,
+            playback=Playback(codec, Writer(room.name), lambda text: None, lambda: None, shared.clock),
+            talk_back=False,
+            may_speak=False,
+            control=room,
+            loop=shared.loop,
+            synthesizer=shared.synthesizer,
+            room=shared.room,
+            delivery=shared.delivery,
+        )
+
+    def start(self) -> None:
+        """Begin; what they were given before waits for them."""
+        self._chain.start(self.stream)
+
+    @property
+    def seconds(self) -> float:
+        """What the room's clock says."""
+        return max(0.0, self._clock() - self._began_at)
+
+    def attend(self, members: Mapping[object, Attendant]) -> None:
+        """Note who came and who went."""
+        for key in self._present.keys() - members.keys():
+            self._present.pop(key).left = self.seconds
+        for key in [key for key in members if key not in self._present]:
+            attendance = self._present[key] = Attendance(members[key].sid, members[key].name, self.seconds, None)
+            self.stream.members.append(attendance)
+
+    def hear(self, samples: Samples, position: int, at: float) -> None:
+        """Take a tick of the whole mix."""
+        if self._began is None:
+            self._began = position
+        samples.setflags(write=False)
+        frame = Frame(samples, self._rate, Track.MIX, position - self._began, 0, self._sequence)
+        self._chain.frame(frame)
+        self._sequence += 1
+
+    def call(self, hook: str, *arguments: object) -> None:
+        """Call a plain hook of every processor."""
+        self._chain.call(hook, *arguments)
+
+    async def stop(self, reason: str) -> None:
+        """End: nobody listens any more."""
+        self.attend({})
+        self.stream.close_code = 1001 if reason == "shutdown" else 1000
+        self.stream.close_reason = "the room is empty" if reason == "stop" else reason
+        await self._chain.stop(reason)
+
+
 class Room:
     """Streams that hear each other.
 
@@ -64,12 +148,13 @@ class Room:
         shared: The endpoint.
         recordings: The folder files about this room go to.
         tally: Where its processors' failures are counted.
+        bus: What ties it to other processes; None: it is this process's own.
         over: Called when it has ended.
         finished: Called when its processors have, too.
 
     Attributes:
         mixer: Who is in it; mute, gain and deafen are attributes of its members.
-        stream: What its processors see.
+        audience: The processors that listen; None while they do so in another process.
         closed: Set when its processors have ended.
     """
 
@@ -82,6 +167,7 @@ class Room:
         shared: Shared,
         recordings: Path,
         tally: Tally,
+        bus: Bus | None,
         over: Callable[[Room], None],
         finished: Callable[[Room], None],
     ) -> None:
@@ -91,44 +177,26 @@ class Room:
         self._shared = shared
         self._over = over
         self._finished = finished
-        self._attendances: dict[Member, Attendance] = {}
+        # The streams of this process.
+        self._here: dict[Member, Attendant] = {}
         self._ending: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._sequence = 0
         mixer = self.mixer = Mixer(settings.sample_rate or rate, shared.clock(), fixed=settings.sample_rate is not None)
         mixer.failed = self._failed
-        self._chain = Chain(_built(plugins, tally), tally, detectors=shared.detectors)
-        self.stream = self._make_stream(recordings)
-        if self._chain.names:
+        self._make_audience = functools.partial(Audience, self, plugins, shared, recordings, tally)
+        # Until it is known whose the room is they are given what is said, and do not begin.
+        self.audience: Audience | None = self._make_audience()
+        self._resting: set[asyncio.Future[None]] = set()
+        if plugins:
             mixer.on_mix = self._on_mix
-            mixer.on_speaker = functools.partial(self._chain.call, "on_speaker")
+            mixer.on_speaker = self._on_speaker
         self._timer = shared.loop.call_at(mixer.due, self._on_timer)
-        self._chain.start(self.stream)
-
-    def _make_stream(self, recordings: Path) -> RoomStream:
-        codec = CodecSpec("L16", self.mixer.rate, round(TICK * 1000))
-        shared = self._shared
-        return RoomStream(
-            sid=self.name,
-            call_sid=None,
-            account_sid=None,
-            name=None,
-            codec=codec,
-            tracks=(Track.MIX,),
-            custom_parameters={},
-            path="",
-            started_at=datetime.now(UTC),
-            recordings=recordings,
-            processors=self._chain.names,
-            playback=Playback(codec, Writer(self.name), lambda text: None, lambda: None, shared.clock),
-            talk_back=False,
-            may_speak=False,
-            control=self,
-            loop=shared.loop,
-            synthesizer=shared.synthesizer,
-            room=shared.room,
-            delivery=shared.delivery,
-        )
+        self._link: Link | None = None
+        if bus is None:
+            self.audience.start()
+        else:
+            self._link = Link(name, bus, mixer, shared.clock, shared.loop, self._here.values, self._changed)
+        self._owner = bus is None
 
     # --- Members ---
 
@@ -144,32 +212,49 @@ class Room:
         Raises:
             RoomRefused: There are `max_members` already.
         """
-        if len(self.mixer.members) >= self.settings.max_members:
+        elsewhere = sum(len(peer.members) for peer in self._peers)
+        if len(self._here) + elsewhere >= self.settings.max_members:
             raise RoomRefused(f"the room has its {self.settings.max_members} members (max_members)")
         if self._ending is not None:
             self._ending.cancel()
             self._ending = None
         self.mixer.advance(self._shared.clock())
         member = self.mixer.join(sid, name, rate, mode)
-        attendance = self._attendances[member] = Attendance(sid, name, self.seconds, None)
-        self.stream.members.append(attendance)
+        self._here[member] = Attendant(sid, name)
+        self._attendance_changed()
         return member
 
     def leave(self, member: Member) -> None:
         """Take a member out; once is enough."""
-        attendance = self._attendances.pop(member, None)
-        if attendance is None:
+        if self._here.pop(member, None) is None:
             return
-        attendance.left = self.seconds
         member.leave()
-        if not self._attendances:
-            grace = 0.0 if self._shared.draining else self.settings.grace_seconds
-            self._ending = self._shared.loop.call_later(grace, self.close, "stop")
+        self._attendance_changed()
 
     @property
-    def seconds(self) -> float:
-        """What the room's clock says."""
-        return max(0.0, self._shared.clock() - self.mixer.began)
+    def _peers(self) -> list[Peer]:
+        return [] if self._link is None else list(self._link.peers.values())
+
+    def _attendance_changed(self) -> None:
+        if self._link is not None:
+            self._link.tell()
+        self._attend()
+
+    def _attend(self) -> None:
+        """Tell the audience who is here, in any process, and end the room when nobody is."""
+        present: dict[object, Attendant] = {}
+        present.update(self._here.items())
+        # Those of other processes by their ids: they are no members of this mixer.
+        present.update({member.sid: member for peer in self._peers for member in peer.members})
+        if self.audience is not None:
+            self.audience.attend(present)
+        needed = self._here or (present and self._owner)
+        if needed and self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
+        elif not needed and self._ending is None:
+            grace = 0.0 if self._shared.draining else self.settings.grace_seconds
+            self._ending = self._shared.loop.call_later(grace, self.close, "stop")
 
     def source(self, member: Member) -> Callable[[int], Samples]:
         """What a member's stream plays: see `Stream.play_live`."""
@@ -183,6 +268,32 @@ class Room:
         log.error("room member dropped", stream=member.sid, exc_info=error)
         self.leave(member)
 
+    # --- Other processes ---
+
+    def _changed(self) -> None:
+        """Other processes came or went, or have other members: perhaps the room is another's now, or ours."""
+        assert self._link is not None
+        owner = bool(self._link.owner)
+        if owner and self.audience is None:
+            self.audience = self._make_audience()
+        if owner and not self._owner:
+            log.info("room is this process's", room=self.name, peers=len(self._link.peers))
+            assert self.audience is not None
+            self.audience.start()
+        elif not owner and self.audience is not None:
+            # An older process has the room: what is recorded here so far is kept.
+            audience, self.audience = self.audience, None
+            if self._owner:
+                log.info("room is another process's", room=self.name, peers=len(self._link.peers))
+                self._rest(audience)
+        self._owner = owner
+        self._attend()
+
+    def _rest(self, audience: Audience) -> None:
+        resting = asyncio.ensure_future(audience.stop("closed"))
+        self._resting.add(resting)
+        resting.add_done_callback(self._resting.discard)
+
     # --- The clock ---
 
     def _on_timer(self) -> None:
@@ -190,11 +301,12 @@ class Room:
         self._timer = self._shared.loop.call_at(self.mixer.due, self._on_timer)
 
     def _on_mix(self, samples: Samples, position: int, at: float) -> None:
-        if not self._attendances:
-            return
-        samples.setflags(write=False)
-        self._chain.frame(Frame(samples, self.stream.codec.rate, Track.MIX, position, 0, self._sequence))
-        self._sequence += 1
+        if self.audience is not None and (self._here or self._peers):
+            self.audience.hear(samples, position, at)
+
+    def _on_speaker(self, event: Speaker) -> None:
+        if self.audience is not None:
+            self.audience.call("on_speaker", event)
 
     # --- The end ---
 
@@ -202,19 +314,22 @@ class Room:
         """End the room: its members hear nothing more of it, its processors finish."""
         if self._closing is not None:
             return
-        for member in list(self._attendances):
+        for member in list(self._here):
             self.leave(member)
         if self._ending is not None:
             self._ending.cancel()
         self._timer.cancel()
-        self.stream.close_code = 1001 if reason == "shutdown" else 1000
-        self.stream.close_reason = "the room is empty" if reason == "stop" else reason
+        if self._link is not None:
+            self._link.close()
         self._over(self)
         self._closing = asyncio.ensure_future(self._finish(reason))
 
     async def _finish(self, reason: str) -> None:
         try:
-            await self._chain.stop(reason)
+            if self.audience is not None and self._owner:
+                await self.audience.stop(reason)
+            if self._resting:
+                await asyncio.wait(self._resting)
         finally:
             self.closed.set()
             self._finished(self)
@@ -233,7 +348,8 @@ class Room:
 
     def transcribed(self, transcript: Transcript) -> None:
         """A processor of the room knows what was said: every one of them hears of it."""
-        self._chain.call("on_transcript", transcript)
+        if self.audience is not None:
+            self.audience.call("on_transcript", transcript)
 
     def speaker_changed(self, event: Speaker) -> None:
         """Its processors are told by the mixer."""
@@ -248,6 +364,9 @@ class Rooms:
         plugins: For each pattern the processors, found and checked.
         recordings: The folder files about rooms go to.
         tally: Where processors' failures are counted.
+
+    Attributes:
+        bus: What ties rooms to other processes; None: they are this process's own. Set before the first is made.
     """
 
     def __init__(
@@ -258,6 +377,7 @@ class Rooms:
         recordings: Path,
         tally: Tally,
     ) -> None:
+        self.bus: Bus | None = None
         self._shared = shared
         self._settings = settings
         self._plugins = plugins
@@ -307,6 +427,7 @@ class Rooms:
             self._shared,
             self._recordings,
             self._tally,
+            self.bus,
             over=self._over,
             finished=self._unfinished.discard,
         )
