@@ -74,7 +74,7 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> list
 
     from streamsink.audio import Frame, Track
     from streamsink.codec import CodecSpec
-    from streamsink.disk import Room
+    from streamsink.disk import DiskSpace
     from streamsink.processors.record import Record
     from streamsink.stem import reserve
 
@@ -97,7 +97,7 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> list
             started_at=datetime.now(UTC),
             close_code=1000,
             close_reason="",
-            room=Room(0),
+            disk=DiskSpace(0),
         )
         processor = Record(format=name)  # type: ignore[arg-type]
         await processor.on_start(stream)

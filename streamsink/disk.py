@@ -1,4 +1,4 @@
-"""Room on the disk: how much there is, and where recordings stop being opened."""
+"""Space on a disk: how much there is, and where recordings stop being opened."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-class NoRoom(OSError):
-    """There is less room on the disk than must be left for a new file (ENOSPC)."""
+class DiskFull(OSError):
+    """There is less space on the disk than must be left for a new file (ENOSPC)."""
 
 
-class Room(Collector):
-    """The room that must be left on the disk for a new file to be opened. Any thread may ask.
+class DiskSpace(Collector):
+    """The space that must be left on the disk for a new file to be opened. Any thread may ask.
 
     Args:
         least: Bytes; 0 asks for none.
@@ -55,7 +55,7 @@ class Room(Collector):
         """Ask for room for a new file.
 
         Raises:
-            NoRoom: There is less than must be left.
+            DiskFull: There is less than must be left.
             OSError: The disk does not say.
         """
         if not self.least:
@@ -70,7 +70,7 @@ class Room(Collector):
             self._short.add(folder)
         if not told:
             log.error("no new recordings: the disk is nearly full", folder=str(folder), free=there, min_free=self.least)
-        raise NoRoom(
+        raise DiskFull(
             errno.ENOSPC, f"{_megabytes(there)} free, {_megabytes(self.least)} must be left", os.fspath(folder)
         )
 

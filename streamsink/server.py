@@ -37,7 +37,7 @@ from streamsink.auth import (
 from streamsink.bus import Bus, open_bus
 from streamsink.config import Settings, Token
 from streamsink.connection import Connection
-from streamsink.disk import Room
+from streamsink.disk import DiskSpace
 from streamsink.errors import ConfigError, SpeechError
 from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
@@ -124,7 +124,7 @@ class Server:
     ) -> None:
         self.settings = settings if settings is not None else Settings()
         self.access = access(self.settings)
-        Room(self.settings.min_free).check(self.settings.recordings)
+        DiskSpace(self.settings.min_free).check(self.settings.recordings)
         self.metrics = Metrics()
         self.metrics.register(counts)
         self.metrics.register(failures)
@@ -246,7 +246,7 @@ class Server:
             await self._get_ready_to_speak(endpoint)
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(_on_loop_exception)
-        self.metrics.register(endpoint.room)
+        self.metrics.register(endpoint.disk)
         self.metrics.register(endpoint.delivery)
         endpoint.delivery.start()
         self.metrics.watch(endpoint.sessions)

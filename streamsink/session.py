@@ -26,7 +26,7 @@ from streamsink.barge_in import Interrupter
 from streamsink.codec import PTIMES, CodecSpec
 from streamsink.config import Settings
 from streamsink.delivery import Delivery
-from streamsink.disk import Room
+from streamsink.disk import DiskSpace
 from streamsink.errors import BadMessage, CodecError, ProcessorError, ProtocolError
 from streamsink.metrics import Metrics
 from streamsink.pacer import Pacer
@@ -103,7 +103,7 @@ class Endpoint:
         self.pacer = Pacer(loop, metrics.observe_lateness, metrics.observe_lead)
         self.detectors = Detectors(settings.vad_streams)
         self.synthesizer = build(settings.speech)
-        self.room = Room(settings.min_free)
+        self.disk = DiskSpace(settings.min_free)
         self.delivery = Delivery(settings.recordings, functools.partial(webhook_secret, settings))
         self.draining = False
         self.rooms = Rooms(self, settings.rooms, room_processors or {}, settings.recordings, metrics)
@@ -306,7 +306,7 @@ class Session:
             path=self.path,
             started_at=datetime.now(UTC),
             recordings=settings.recordings,
-            room=self.endpoint.room,
+            disk=self.endpoint.disk,
             delivery=self.endpoint.delivery,
             processors=chain.names,
             playback=self._playback,

@@ -23,7 +23,7 @@ from streamsink.wire import DIGITS
 
 if TYPE_CHECKING:
     from streamsink.delivery import Delivery
-    from streamsink.disk import Room
+    from streamsink.disk import DiskSpace
     from streamsink.room import Rooms
     from streamsink.speech.events import Speaker, Transcript
 
@@ -80,7 +80,7 @@ class Stream:
         talk_back: Whether its processors may speak.
         may_speak: Whether any of them may ever send audio.
         recordings: The folder files about this stream go to.
-        room: Asked before a new file is made there.
+        disk: Asked before a new file is made there.
         delivery: Takes files and webhooks off the machine.
         close_code: WebSocket close code, once the stream has ended; 1006 when the connection was lost without one.
         close_reason: The words that came with it.
@@ -100,7 +100,7 @@ class Stream:
         path: str,
         started_at: datetime,
         recordings: Path,
-        room: Room,
+        disk: DiskSpace,
         delivery: Delivery,
         processors: list[str],
         playback: Playback,
@@ -121,7 +121,7 @@ class Stream:
         self.path = path
         self.started_at = started_at
         self.recordings = recordings
-        self.room = room
+        self.disk = disk
         self.delivery = delivery
         self.processors = processors
         self.close_code: int | None = None

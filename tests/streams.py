@@ -14,7 +14,7 @@ from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec
 from streamsink.config import SpeechSettings
 from streamsink.delivery import Delivery
-from streamsink.disk import Room
+from streamsink.disk import DiskSpace
 from streamsink.playback import Playback
 from streamsink.speech.events import Speaker, Transcript
 from streamsink.speech.synthesis import Synthesizer, build
@@ -67,7 +67,7 @@ def make_stream(
     processors: tuple[str, ...] = ("record",),
     line: Line | None = None,
     synthesizer: Synthesizer | None = None,
-    room: Room | None = None,
+    disk: DiskSpace | None = None,
     delivery: Delivery | None = None,
     may_speak: bool = False,
 ) -> Stream:
@@ -84,7 +84,7 @@ def make_stream(
         path="/",
         started_at=STARTED_AT,
         recordings=recordings,
-        room=room or Room(0),
+        disk=disk or DiskSpace(0),
         delivery=delivery or Delivery(recordings, lambda: SECRET),
         processors=list(processors),
         playback=Playback(spec, Writer(sid), line.send, line.wake, time.monotonic),

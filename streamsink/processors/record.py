@@ -164,7 +164,7 @@ class Record(Processor):
             trim=self._trim,
         )
         self._recording = Recording(plan, sidecar, self._pending, self._heard, self._pauses, self._log)
-        self._recording.room = stream.room.require
+        self._recording.require_space = stream.disk.require
         if self._upload is not None or self._on_complete is not None:
             self._recording.expect = functools.partial(
                 stream.delivery.expect,

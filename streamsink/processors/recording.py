@@ -21,7 +21,7 @@ import numpy as np
 import structlog
 
 from streamsink.audio import Frame, Samples
-from streamsink.disk import NoRoom
+from streamsink.disk import DiskFull
 from streamsink.processors import sidecar as sidecars
 from streamsink.processors.files import create
 from streamsink.processors.layout import PLAYED, SOURCE_OF, SOURCES, Layout
@@ -74,7 +74,7 @@ class Recording:
         log: Bound to the stream.
 
     Attributes:
-        room: Asked for room before a file is made; raises OSError where there is none.
+        require_space: Asked for space before a file is made; raises OSError where there is none.
         expect: Told of the folder and stem of each segment that will come.
         finishing: Segments that ended before the recording does.
         flawed: Set by whoever knows of audio that did not get here.
@@ -92,7 +92,7 @@ class Recording:
         self.sidecar = sidecar
         self.flawed = False
         self.finishing: list[Future[None]] = []
-        self.room: Callable[[Path], None] | None = None
+        self.require_space: Callable[[Path], None] | None = None
         self.expect: Callable[[Path, str], Expected] | None = None
         self._plan = plan
         self._pending = pending
@@ -293,8 +293,8 @@ class Recording:
             OSError: They cannot be made; what was made of them is gone again.
         """
         plan = self._plan
-        if self.room is not None:
-            self.room(plan.folder)
+        if self.require_space is not None:
+            self.require_space(plan.folder)
         length = min(plan.segment or _FOR_EVER, most_frames(max(len(channels) for _, channels in plan.layout.files)))
         end = (start // length + 1) * length
         if plan.longest is not None:
@@ -387,7 +387,7 @@ class Recording:
     def _fail(self, error: Exception) -> None:
         """End the files that are open at their last good sample; try again later."""
         # A disk that is nearly full was told and counted already.
-        failed = not isinstance(error, NoRoom)
+        failed = not isinstance(error, DiskFull)
         if failed:
             failures.add()
         if failed and not self._told:

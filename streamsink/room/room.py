@@ -18,7 +18,7 @@ from streamsink.bus import Bus
 from streamsink.codec import CodecSpec
 from streamsink.config import RoomSettings
 from streamsink.delivery import Delivery
-from streamsink.disk import Room as DiskRoom
+from streamsink.disk import DiskSpace
 from streamsink.errors import ProcessorError, RoomRefused, TalkBackOff
 from streamsink.playback import Playback
 from streamsink.plugins import Plugin
@@ -43,7 +43,7 @@ class Shared(Protocol):
     clock: Callable[[], float]
     detectors: Detectors
     synthesizer: Synthesizer
-    room: DiskRoom
+    disk: DiskSpace
     delivery: Delivery
     draining: bool
 
@@ -95,7 +95,7 @@ class Audience:
             control=room,
             loop=shared.loop,
             synthesizer=shared.synthesizer,
-            room=shared.room,
+            disk=shared.disk,
             delivery=shared.delivery,
         )
 
