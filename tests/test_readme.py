@@ -4,14 +4,18 @@ import ast
 import asyncio
 import re
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from streamsink.config import load
 from streamsink.plugins import find
+from streamsink.testing import run_processor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +32,7 @@ def test_every_block_is_run_or_shown() -> None:
     unchecked = [text for kind, _, language, text in BLOCKS if language not in ("sh", "") and not kind]
     assert unchecked == []
     tested = {what for kind, what, _, _ in BLOCKS if kind == "test"}
-    assert tested == {"join_conference", "run_processor", "settings"}
+    assert tested == {"join_conference", "run_processor", "settings", "speech", "verify", "rooms"}
 
 
 @pytest.mark.parametrize(("path", "text"), [(what, text) for kind, what, _, text in BLOCKS if kind == "file"])
@@ -81,6 +85,48 @@ def test_the_settings_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert settings.pipelines["default"].talk_back is False
     assert [find(spec).name for spec in settings.pipelines["agent"].processors] == ["record", "Answer"]
     assert settings.public_url == "wss://streams.example.com/"
+
+
+def test_the_speech_settings_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "streamsink.toml"
+    file.write_text(block("speech"))
+    speech = load(config=file).speech
+    assert (speech.synthesizer, speech.voice) == ("command", "slt")
+    assert speech.command is not None
+    assert speech.command.startswith("flite ")
+
+
+def test_the_rooms_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "streamsink.toml"
+    file.write_text(block("rooms"))
+    settings = load(config=file)
+    (room,) = settings.rooms.values()
+    assert [find(spec).name for spec in room.processors] == ["record", "transcribe"]
+    assert room.max_members == 20
+    assert [find(spec).name for spec in settings.pipelines["default"].processors] == ["mix"]
+
+
+def test_a_signature_is_verified_as_shown() -> None:
+    from streamsink.delivery import sign
+
+    namespace: dict[str, Any] = {}
+    exec(compile(block("verify"), "README.md", "exec"), namespace)
+    now = int(time.time())
+    headers = {"X-Streamsink-Timestamp": str(now), "X-Streamsink-Signature": sign("secret", now, b"body")}
+    assert namespace["is_ours"]("secret", headers, b"body")
+    assert not namespace["is_ours"]("secret", headers, b"other")
+    assert not namespace["is_ours"]("another", headers, b"body")
+
+
+async def test_the_greeter_can_be_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("espeakng_loader", reason="needs the extra speech")
+    (greeter,) = [find(f"{ROOT}/examples/greeter.py:Greeter").build()]
+    silence = np.zeros(4000, np.int16)
+    speech, rate = soundfile.read(ROOT / "tests/data/speech.wav", dtype="int16")
+    speech = speech[:: rate // 8000] if rate > 8000 else speech
+    result = await run_processor(greeter, np.concatenate([silence, speech[:16_000]]), 8000, silence_seconds=3)
+    assert result.clears == 1
+    assert "interrupted after" in capsys.readouterr().out
 
 
 def test_the_first_screen_has_exactly_two_commands() -> None:
