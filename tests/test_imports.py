@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "streamsink"
@@ -115,6 +117,15 @@ class A:
             import streamsink.simulator.call
 """
     assert imports(source) == {"tls", "wire", "", "web.app", "errors", "simulator.call"}
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert wanted["namespaces"] is False
+    packed = setuptools.find_packages(str(ROOT), include=wanted["include"])
+    assert set(packed) == {
+        ".".join(path.relative_to(ROOT).parent.parts) for path in MODULES.values() if path.suffix == ".py"
+    }
 
 
 def test_every_module_has_its_layer() -> None:
