@@ -36,10 +36,10 @@ from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec, Resampler
 from streamsink.config import Settings
 from streamsink.connection import Connection
+from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, Processor
-from streamsink.session import Endpoint
 from streamsink.stream import Stream
 
 CODECS = ("PCMU", "PCMA@40i", "G722", "L16@16000h", "L16@24000h@40i")

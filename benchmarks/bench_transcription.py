@@ -29,12 +29,13 @@ from streamsink import log
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec, Resampler
 from streamsink.config import Pipeline, Settings
+from streamsink.endpoint import Endpoint
 from streamsink.loop import new_event_loop
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin
 from streamsink.processor import Processor
 from streamsink.processors.transcribe import Transcribe
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from streamsink.speech.events import Transcript
 from streamsink.speech.transcription_counts import counts
 from streamsink.stream import Stream

@@ -24,9 +24,10 @@ from websockets.speedups import apply_mask
 
 from streamsink.auth import REFUSAL_BODY, Refusal
 from streamsink.capture import Capture
+from streamsink.endpoint import Endpoint
 from streamsink.errors import BinaryMessage, InvalidText, MessageTooBig, ProtocolError
 from streamsink.loop import tune
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 
 if TYPE_CHECKING:
     from uvicorn import Config

@@ -38,13 +38,13 @@ from streamsink.bus import Bus, open_bus
 from streamsink.config import Settings, Token
 from streamsink.connection import Connection
 from streamsink.disk import DiskSpace
+from streamsink.endpoint import Endpoint
 from streamsink.errors import ConfigError, SpeechError
 from streamsink.loop import new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin, find
 from streamsink.processors.repair import repair_all
 from streamsink.processors.writer import failures, writer
-from streamsink.session import Endpoint
 from streamsink.siblings import Siblings
 from streamsink.speech.transcription_counts import counts
 from streamsink.watchdog import Watchdog

@@ -22,11 +22,12 @@ import soundfile
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec, Resampler
 from streamsink.config import Pipeline, Settings, SpeechSettings
+from streamsink.endpoint import Endpoint
 from streamsink.errors import ProcessorError
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin
 from streamsink.processor import MarkOutcome, Processor
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from streamsink.speech.synthesis import Spoken, Synthesizer
 from streamsink.stream import Stream
 from streamsink.wire import PlatformWriter, decode_endpoint

@@ -18,9 +18,10 @@ import numpy as np
 from streamsink import log
 from streamsink.codec import CodecSpec
 from streamsink.config import Pipeline, Settings
+from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
 from streamsink.plugins import find
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from streamsink.wire import PlatformWriter
 
 FORMATS = ("wav", "wav", "flac", "wav", "flac")

@@ -17,11 +17,12 @@ from streamsink.audio import Frame, Samples, Track
 from streamsink.barge_in import Interrupter
 from streamsink.codec import CodecSpec, Resampler
 from streamsink.config import Pipeline, Settings
+from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
 from streamsink.playout import BargeIn, Outcome, Played
 from streamsink.plugins import Plugin
 from streamsink.processor import MarkOutcome, Processor
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from streamsink.speech.echo import EchoGate
 from streamsink.speech.events import Speech, SpeechChange, VadSettings
 from streamsink.stream import Stream

@@ -15,8 +15,9 @@ from websockets.server import ServerProtocol
 
 from streamsink.config import Settings
 from streamsink.connection import MAX_FRAGMENTS, STALL_LIMIT, Connection, _close_reason
+from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from tests.peer import masked
 
 HEAD = (

@@ -24,6 +24,7 @@ LAYERS = (
     ("playback", "processor", "simulator", "stream_object", "track"),
     ("barge_in", "pacer", "plugins", "stream"),
     ("room",),
+    ("endpoint",),
     ("processors", "session"),
     ("connection", "testing", "web"),
     ("server",),

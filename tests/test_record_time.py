@@ -13,10 +13,11 @@ import pytest
 import soundfile
 
 from streamsink.config import Pipeline, Settings
+from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
 from streamsink.plugins import find
 from streamsink.processors import writer
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from streamsink.wire import PlatformWriter
 from tests.recording_child import Outlet
 

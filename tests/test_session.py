@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from streamsink.audio import Frame, Track
 from streamsink.codec import CodecSpec
 from streamsink.config import Settings
+from streamsink.endpoint import Endpoint
 from streamsink.errors import CodecError, ProcessorError, StreamClosed, TalkBackOff
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin
 from streamsink.processor import MarkOutcome, Processor
-from streamsink.session import Endpoint, Session
+from streamsink.session import Session
 from streamsink.stream import Stream
 
 LOUD = bytes(160)

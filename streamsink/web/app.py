@@ -12,9 +12,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from streamsink.auth import REFUSAL_BODY, REFUSAL_HEADERS, Refusal, TokenBook
+from streamsink.endpoint import Endpoint
 from streamsink.errors import BadMessage
 from streamsink.metrics import merged
-from streamsink.session import Endpoint
 from streamsink.status import parse
 
 if TYPE_CHECKING:
