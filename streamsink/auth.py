@@ -136,7 +136,9 @@ def make_or_load_token(state_dir: Path, filename: str) -> tuple[str, Path, bool]
 
 
 def webhook_secret(settings: Settings) -> str:
-    """Tell what signs our webhooks, making it the first time where none is given.
+    """Tell what signs our webhooks, making it for the first one where none is given.
+
+    Who is to check them may read it then: a webhook that is refused meanwhile is sent again.
 
     Raises:
         ConfigError: The kept one cannot be read or written.

@@ -32,7 +32,6 @@ from streamsink.auth import (
     STREAM_TOKEN_FILE,
     TokenBook,
     make_or_load_token,
-    webhook_secret,
 )
 from streamsink.bus import Bus, open_bus
 from streamsink.config import Settings, Token
@@ -97,8 +96,6 @@ def access(settings: Settings) -> Access:
     else:
         admin = TokenBook([Token(name="admin", value=admin_token)])
     secret, _, _ = make_or_load_token(settings.state, STATUS_SECRET_FILE)
-    # Made now, since whoever is to check our webhooks needs it before the first one.
-    webhook_secret(settings)
     return Access(tokens, made_token, token_file, admin, admin_file, secret)
 
 
