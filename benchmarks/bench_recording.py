@@ -2,13 +2,16 @@
 
 For each format streams are recorded for a while, PCMU frames of 20 ms handed over by the event loop; beside them the
 same with soundfile writing each frame on the loop. CPU is the process's, encoding at the end and all, and with it the
-number of streams that one core can record without end. Stall is how late a timer of 5 ms fires, over what is asked.
+number of streams that one core can record without end. Stall is how late a timer of 5 ms fires while recording; beside
+it that of the same loop without recording, for a timer is late by up to 1 ms by itself and more on a shared machine,
+and the part that is recording's own: no more than what the process's other threads computed since the last time.
 Then processes that record are killed, repaired, and what they had been given is compared with what is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -26,6 +29,7 @@ import numpy as np
 import soundfile
 
 from streamsink import log
+from streamsink.loop import SWITCH_INTERVAL
 
 STREAMS = 300
 PTIME = 0.02
@@ -41,26 +45,48 @@ class Measured(NamedTuple):
     stall_p999: float
     """Seconds."""
     stall_max: float
+    own_p999: float
+    """Of the stall, what the process's other threads account for."""
+    own_max: float
+    idle_p999: float
+    """The stall of the loop that only hands over frames, in the same process."""
+    idle_max: float
 
 
-async def _paced(streams: int, seconds: float, feed: Any) -> list[float]:
+class Late(NamedTuple):
+    """How late a timer was, each time, and what of it other threads of the process account for; seconds."""
+
+    all: list[float]
+    own: list[float]
+
+
+async def _paced(streams: int, seconds: float, feed: Any) -> Late:
     """Call ``feed(stream, step)`` for each stream each 20 ms, spread evenly; returns how late the loop was."""
     loop = asyncio.get_running_loop()
-    late: list[float] = []
+    late = Late([], [])
+
+    def others() -> float:
+        return time.process_time() - time.thread_time()
 
     def tick() -> None:
-        late.append(max(0.0, loop.time() - due[0]))
-        due[0] += 0.005
-        loop.call_at(due[0], tick)
+        nonlocal due, timer, before
+        behind, now = max(0.0, loop.time() - due), others()
+        late.all.append(behind)
+        late.own.append(min(behind, now - before))
+        before = now
+        due += 0.005
+        timer = loop.call_at(due, tick)
 
-    due = [loop.time() + 0.005]
-    loop.call_at(due[0], tick)
+    before = others()
     began = loop.time()
+    due = began + 0.005
+    timer = loop.call_at(due, tick)
     slots = 10
     for slot in range(round(seconds / PTIME) * slots):
         await asyncio.sleep(max(0.0, began + slot * PTIME / slots - loop.time()))
         for stream in range(slot % slots, streams, slots):
             feed(stream, slot // slots)
+    timer.cancel()
     return late
 
 
@@ -69,7 +95,7 @@ def _samples() -> np.ndarray[Any, Any]:
     return noise.astype(np.int16)
 
 
-async def _record(name: str, streams: int, seconds: float, folder: Path) -> list[float]:
+async def _record(name: str, streams: int, seconds: float, folder: Path) -> Late:
     from datetime import UTC, datetime
 
     from streamsink.audio import Frame, Track
@@ -97,6 +123,7 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> list
             started_at=datetime.now(UTC),
             close_code=1000,
             close_reason="",
+            members=(),
             disk=DiskSpace(0),
         )
         processor = Record(format=name)  # type: ignore[arg-type]
@@ -113,7 +140,7 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> list
     return late
 
 
-async def _inline(name: str, streams: int, seconds: float, folder: Path) -> list[float]:
+async def _inline(name: str, streams: int, seconds: float, folder: Path) -> Late:
     container, subtype, rate = INLINE[name]
     samples = _samples()
     files = [
@@ -145,6 +172,11 @@ def measure(way: str, name: str, streams: int, seconds: float) -> Measured:
 def _child(way: str, name: str, streams: int, seconds: float) -> None:
     log.configure("text", "error")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    # As `serve` does.
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    samples = _samples()
+    idle = asyncio.run(_paced(streams, min(seconds, 6.0), lambda stream, step: samples[:160].copy())).all
     with tempfile.TemporaryDirectory() as folder:
         before = time.process_time()
         run_one = _record if way == "record" else _inline
@@ -153,7 +185,8 @@ def _child(way: str, name: str, streams: int, seconds: float) -> None:
             # Encoding goes on.
             time.sleep(0.05)
         cpu = (time.process_time() - before) / (streams * seconds)
-    measured = Measured(cpu, float(np.percentile(late, 99.9)), max(late))
+    stalls = [value for series in (*late, idle) for value in (float(np.percentile(series, 99.9)), max(series))]
+    measured = Measured(cpu, *stalls)
     print(json.dumps(measured._asdict()))
 
 
@@ -192,15 +225,17 @@ def run(out: Path, quick: bool = False) -> str:
     log.configure("text", "error")
     streams, seconds = (30, 1.0) if quick else (STREAMS, 20.0)
     lines = [
-        "| | format | CPU a stream, ms a second | streams a core | stall p99.9, ms | worst, ms |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | format | CPU a stream, ms a second | streams a core | stall p99.9 / worst, ms | recording's own | idle |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in FORMATS:
         for way, words in (("record", "`record`"), ("inline", "soundfile on the loop")):
             m = measure(way, name, streams, seconds)
             lines.append(
-                f"| {words} | {name} | {m.cpu * 1000:.2f} | {1 / m.cpu:.0f} | {m.stall_p999 * 1000:.2f} "
-                f"| {m.stall_max * 1000:.2f} |"
+                f"| {words} | {name} | {m.cpu * 1000:.2f} | {1 / m.cpu:.0f} "
+                f"| {m.stall_p999 * 1000:.2f} / {m.stall_max * 1000:.2f} "
+                f"| {m.own_p999 * 1000:.2f} / {m.own_max * 1000:.2f} "
+                f"| {m.idle_p999 * 1000:.2f} / {m.idle_max * 1000:.2f} |"
             )
     files, worst = kills(4 if quick else 20)
     killed = f"{files} files of killed processes: {worst} bytes of one lost at most ({worst / 16000:.2f} s)"

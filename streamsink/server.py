@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -39,7 +40,7 @@ from streamsink.connection import Connection
 from streamsink.disk import DiskSpace
 from streamsink.endpoint import Endpoint
 from streamsink.errors import ConfigError, SpeechError
-from streamsink.loop import new_event_loop, raise_open_file_limit
+from streamsink.loop import SWITCH_INTERVAL, new_event_loop, raise_open_file_limit
 from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin, find
 from streamsink.processors.repair import repair_all
@@ -269,6 +270,7 @@ class Server:
         # What is imported and made by now stays: a full collection would walk it, 7 ms, again and again.
         gc.collect()
         gc.freeze()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         if self._may_speak and not self._must_speak:
             self._warming = asyncio.create_task(self._warm(endpoint))
         self._watchdog = Watchdog(loop, self.metrics.observe_lag)

@@ -193,6 +193,8 @@ def test_recording_is_measured(way: str) -> None:
     measured = bench_recording.measure(way, "flac", streams=3, seconds=0.2)
     assert measured.cpu > 0
     assert 0 <= measured.stall_p999 <= measured.stall_max
+    assert 0 <= measured.own_p999 <= measured.own_max <= measured.stall_max
+    assert 0 <= measured.idle_p999 <= measured.idle_max
 
 
 def test_kills_are_counted() -> None:

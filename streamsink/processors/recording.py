@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import random
 import sys
 import time
 from collections import deque
@@ -113,7 +114,8 @@ class Recording:
         self._retry_at: float | None = None
         self._told = False
         self._late = False
-        self._synced_at = time.monotonic()
+        # Calls that begin together must not keep the disk busy together.
+        self._synced_at = time.monotonic() - random.uniform(0, SYNC_INTERVAL)
         self._syncing = False
         self._closed = False
         # Source, start and length in samples, one after the other: a bad hour has thousands.

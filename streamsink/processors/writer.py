@@ -75,8 +75,9 @@ class Writer:
     def __init__(self) -> None:
         kinds = [queue.SimpleQueue[tuple[Job, Future[None]]]() for _ in range(3)]
         self._jobs, self._finishing, self._encoding = self._kinds = kinds
-        # When each is due; in order, since all wait equally long. The writing thread's own.
-        self._live: deque[tuple[float, Live]] = deque()
+        # They take turns, spread over the interval, and the first one's is at that time. The writing thread's own.
+        self._live: deque[Live] = deque()
+        self._next = 0.0
         self._started = False
         self._starting = threading.Lock()
         # Jobs that are not over, rest and all, and how many of those are with the encoders.
@@ -100,7 +101,9 @@ class Writer:
 
     def add(self, live: Live) -> None:
         """Write this from now on, until its ``flush`` says that it is over; for jobs."""
-        self._live.append((time.monotonic() + FLUSH_INTERVAL, live))
+        self._live.append(live)
+        soon = time.monotonic() + FLUSH_INTERVAL / len(self._live)
+        self._next = soon if len(self._live) == 1 else min(self._next, soon)
 
     def moved(self) -> None:
         """Tell who waits that the disk does something; for jobs."""
@@ -131,14 +134,25 @@ class Writer:
 
     def _write(self) -> None:
         while True:
-            now = time.monotonic()
-            while self._live and self._live[0][0] <= now:
-                _, live = self._live.popleft()
-                if live.flush():
-                    self._live.append((now + FLUSH_INTERVAL, live))
-            wait = max(0.0, self._live[0][0] - time.monotonic()) if self._live else None
+            if self._live and self._next <= time.monotonic():
+                self._flush()
+            wait = max(0.0, self._next - time.monotonic()) if self._live else None
             with contextlib.suppress(queue.Empty):
                 self._run(*self._jobs.get(timeout=wait), 0)
+
+    def _flush(self) -> None:
+        """Write those whose turn it is: a few at a time, since all at once would keep the event loop waiting."""
+        now = time.monotonic()
+        for _ in range(len(self._live)):
+            if self._next > now:
+                return
+            live = self._live.popleft()
+            if live.flush():
+                self._live.append(live)
+                # One that is over costs no time, or those that are left would wait for theirs.
+                self._next += FLUSH_INTERVAL / len(self._live)
+        # All had their turn, so nothing is left to make up for, were the disk late by many rounds.
+        self._next = max(self._next, now)
 
     def _finish(self) -> None:
         while True:
