@@ -108,6 +108,7 @@ class Playback:
         "_gain",
         "_lead",
         "_live",
+        "_live_from",
         "_live_gain",
         "_marks",
         "_marks_behind_partial",
@@ -191,6 +192,7 @@ class Playback:
         # None as long as queued audio goes out as loud as it is.
         self._gain: Gain | None = None
         self._live: Callable[[int], Samples] | None = None
+        self._live_from = 0.0
         self._live_gain: Gain | None = None
         self._closed = False
 
@@ -262,7 +264,7 @@ class Playback:
         self.fed(playout.waiting)
         return playout
 
-    def play_live(self, source: Callable[[int], Samples] | None) -> None:
+    def play_live(self, source: Callable[[int], Samples] | None, after: float = 0.0) -> None:
         """Pull audio from ``source`` for each frame; None ends that.
 
         While queued audio plays the source is `LIVE_DUCK_DB` quieter and both are heard.
@@ -270,12 +272,14 @@ class Playback:
         Args:
             source: Given a number of samples, returns as many: mono PCM at the codec's rate, shape ``(n,)``, int16. One
                 that raises, or returns something else, is logged and dropped.
+            after: Seconds until it is pulled first; what is queued waits with it.
 
         Raises:
             StreamClosed: The stream has ended.
         """
         self._check_open()
         self._live = source
+        self._live_from = self.clock() + after
         self._advance_and_wake()
 
     def duck(self, db: float) -> None:
@@ -418,7 +422,7 @@ class Playback:
         times = []
         if self._writable:
             if self._live is not None:
-                times.append(self._far_end - LIVE_LEAD)
+                times.append(max(self._far_end - LIVE_LEAD, self._live_from))
             elif self._queue and not self._starved:
                 times.append(self._far_end - self._room + _EPSILON)
             elif len(self._partial) or self._resampler is not None:
@@ -491,6 +495,8 @@ class Playback:
 
     def _pull(self, now: float) -> None:
         """Send what the live source has, as far as its lead allows, and what is queued along with it."""
+        if now < self._live_from:
+            return
         while self._writable and self._far_end - now <= LIVE_LEAD + _EPSILON:
             frame = self._from_live()
             if frame is None:

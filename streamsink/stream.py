@@ -245,7 +245,7 @@ class Stream:
         check_tone(hz, ms, self.codec.rate)
         return self.play(tone(hz, ms, self.codec.rate), self.codec.rate)
 
-    def play_live(self, source: Callable[[int], Samples] | None) -> None:
+    def play_live(self, source: Callable[[int], Samples] | None, after: float = 0.0) -> None:
         """Pull audio from ``source`` each ptime, 20 ms ahead of the listener.
 
         While anything is queued with :meth:`play` both are heard, the source 12 dB quieter than it is.
@@ -253,13 +253,15 @@ class Stream:
         Args:
             source: Called on the event loop with a number of samples; returns as many, mono PCM at the codec's rate,
                 shape ``(n,)``, int16, in well under a millisecond. One that raises is logged and dropped. None ends it.
+            after: Seconds until it is called first; what is queued waits with it. For a source that has something new
+                only now and then, such as just before.
 
         Raises:
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
         """
         self._check_talk_back()
-        self._playback.play_live(source)
+        self._playback.play_live(source, after)
 
     def mark(self, name: str) -> None:
         """Queue a mark behind the audio queued so far; ``on_mark`` tells when it was played or cleared.

@@ -126,7 +126,8 @@ def test_an_hour_of_clocks_that_differ_is_heard_without_a_skip(ppm: float) -> No
     assert buffer.concealed == buffer.cuts == 0
     # 720 ms in pieces of 2.5 to 12.5 ms.
     assert 720 / 12.5 * 0.8 <= max(buffer.inserted, buffer.dropped) <= 720 / 2.5 * 1.1
-    assert min(buffer.inserted, buffer.dropped) <= 3
+    # Back by a little at most each time that one clock has passed the other by a frame: nothing swings to and fro.
+    assert min(buffer.inserted, buffer.dropped) <= 720 / 20
     assert abs(buffer.delay - buffer.target) < 0.02
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.bench_mixing import delays
 from streamsink.audio import Frame, Samples, Track
 from streamsink.room.jitter import JitterBuffer
 from streamsink.room.limiter import Limiter
@@ -402,3 +403,12 @@ def test_a_speaker_who_leaves_makes_room() -> None:
     speaker.observe({"ben": 2900.0, "anna": 30000.0}, 1.6, TICK)
     speaker.forget("anna")
     assert speaker.level("anna") == -100
+
+
+@pytest.mark.parametrize("ppm", [0, 200])
+def test_a_room_adds_80_ms_at_most_from_mouth_to_ear(ppm: float) -> None:
+    for number in range(10):
+        phases = (0.0005 + 0.002 * number, 0.0193 - 0.0017 * number)
+        found = delays((8000, 16_000), phases, 10, ppm * 1e-6)
+        assert len(found) > 30
+        assert max(found) <= 0.08

@@ -585,6 +585,20 @@ def test_a_live_source_is_pulled_each_ptime_just_ahead_of_the_listener() -> None
     assert source.asked == [160] * 7
 
 
+def test_a_live_source_begins_when_told() -> None:
+    far_end, source = FarEnd(), Counting()
+    begin = far_end.now
+    far_end.playback.play_live(source, 0.013)
+    far_end.playback.play(np.full(160, 7, np.int16), 8000)
+    assert far_end.frames == 0
+    assert far_end.playback.due == pytest.approx(begin + 0.013)
+    far_end.playback.advance(begin + 0.0129)
+    assert far_end.frames == 0
+    far_end.playback.advance(begin + 0.013)
+    assert source.asked == [160] * 2
+    assert far_end.playback.due == pytest.approx(begin + 0.033)
+
+
 def test_a_live_source_is_quieter_while_queued_audio_plays() -> None:
     far_end = FarEnd()
     far_end.playback.play_live(lambda count: np.full(count, 4000, np.int16))

@@ -70,7 +70,7 @@ class Mix(Processor):
         self.member.gain_db = self._gain_db
         self.member.on_speaker = stream.speaker_changed
         if self.member.listens:
-            stream.play_live(self.room.source(self.member))
+            stream.play_live(self.room.source(self.member), self.room.next_mix)
 
     def _choose(self, stream: Stream) -> str:
         if self._room_name is not None:

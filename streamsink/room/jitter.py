@@ -23,7 +23,7 @@ LEAST = 0.02
 """Seconds of delay where nothing jitters."""
 MOST = 0.2
 """Seconds of delay at most; what is beyond is cut out, also in speech."""
-MARGIN = 0.02
+MARGIN = 0.026
 """Seconds of the first delay that are for no jitter."""
 EDGE = 0.002
 """Seconds more than the jitter measured that a frame may be late."""
@@ -31,11 +31,11 @@ FORGET = 0.005
 """Seconds a second in which jitter that was once seen is forgotten."""
 CREEP = 0.0005
 """Seconds a second by which another clock may differ from ours."""
-SPARE = 0.006
+SPARE = 0.004
 """Seconds of audio that are left over by a read just before what is on time comes."""
 LONG, TOO_LONG = 0.004, 0.04
 """Seconds of delay too much that are mended in silence, and those that are mended in speech."""
-SHORT, TOO_SHORT = 0.002, 0.004
+SHORT, TOO_SHORT = 0.0015, 0.003
 """Seconds of delay too little, likewise."""
 ALIKE = 0.6
 """How alike what is joined in speech must be, unless the delay runs out."""
@@ -336,7 +336,8 @@ class JitterBuffer:
 
     def _cut(self, now: float) -> None:
         """Far too much has come: leave out what is older than the delay that is wanted."""
-        keep = round((self.target + self._since_pull(now)) * self.rate) + self._pitch.window
+        # At least what is needed to make something up, should nothing follow.
+        keep = max(round((self.target + self._since_pull(now)) * self.rate) + self._pitch.window, self._pitch.span)
         excess = self.level - keep
         if excess <= self._pitch.window:
             return

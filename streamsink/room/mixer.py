@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streamsink.audio import Frame, Samples
 from streamsink.codec import Resampler
-from streamsink.room.jitter import JitterBuffer
+from streamsink.room.jitter import SPARE, JitterBuffer
 from streamsink.room.limiter import Limiter
 from streamsink.room.speaker import FLOOR, ActiveSpeaker
 from streamsink.speech.events import Speaker
@@ -29,8 +29,10 @@ TICK = 0.02
 """Seconds between two sums."""
 MOST_BEHIND = 1.0
 """Seconds a mixer catches up with; what is further behind is left out."""
-OUT_DELAY = 0.012
-"""Seconds that the mix waits for a member to fetch it, beyond where the two clocks happen to stand."""
+FETCH = 0.003
+"""Seconds after a tick that its mix is best fetched."""
+OUT_DELAY = FETCH + SPARE
+"""Seconds that the mix waits at least for a member to fetch it; more where the two clocks stand otherwise."""
 MOST_GAIN_DB = 20.0
 
 
@@ -72,6 +74,8 @@ class Member:
         self._in_level = self._in_target = 1.0
         self._out_level = self._out_target = 1.0
         self._position = 0
+        # Nothing is kept before: how long it has to wait is known when the first has been fetched.
+        self._fetched = False
         self._in: Resampler | None = None
         self._out: Resampler | None = None
         self._to_rate(mixer.rate)
@@ -135,6 +139,7 @@ class Member:
     def source(self, n: int, now: float) -> Samples:
         """The next ``n`` samples of what this member hears, at its rate: shape ``(n,)``, int16, an array of its own."""
         self._mixer.advance(now)
+        self._fetched = True
         return self.out.pull(n, now).copy()
 
     def leave(self) -> None:
@@ -185,7 +190,7 @@ class Member:
         self._position += len(samples)
         if self.on_block is not None:
             self.on_block(samples, position, at)
-        else:
+        elif self._fetched:
             self.out.push(samples, position, at)
 
 

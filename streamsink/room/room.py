@@ -24,7 +24,7 @@ from streamsink.playback import Playback
 from streamsink.plugins import Plugin
 from streamsink.processor import Chain, Processor, Tally
 from streamsink.room.link import Attendant, Link, Peer
-from streamsink.room.mixer import TICK, Member, Mixer, Mode
+from streamsink.room.mixer import FETCH, TICK, Member, Mixer, Mode
 from streamsink.speech.events import Speaker, Transcript
 from streamsink.speech.synthesis import Synthesizer
 from streamsink.speech.vad import Detectors
@@ -259,6 +259,11 @@ class Room:
     def source(self, member: Member) -> Callable[[int], Samples]:
         """What a member's stream plays: see `Stream.play_live`."""
         return lambda n: member.source(n, self._shared.clock())
+
+    @property
+    def next_mix(self) -> float:
+        """Seconds until the next mix is there: who begins to fetch then has each as soon as it is there."""
+        return self.mixer.due + FETCH - self._shared.clock()
 
     def hear(self, member: Member, frame: Frame) -> None:
         """Take a frame of what a member says."""
