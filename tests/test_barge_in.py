@@ -236,6 +236,14 @@ def test_a_talker_whom_we_repeat_is_a_talker() -> None:
     assert repeater.heard[1].at == pytest.approx(3.3, abs=0.25)
 
 
+def test_who_asks_for_speech_is_interrupted_too_and_does_not_hear_itself() -> None:
+    speaker = Speaker(vad=VadSettings())
+    Line(talker=somebody_else(8000), talker_at=1.2, echo_db=-20).call(speaker)
+    assert speaker.played[0].outcome is Outcome.INTERRUPTED
+    assert [event.change for event in speaker.heard] == [SpeechChange.STARTED, SpeechChange.STOPPED]
+    assert speaker.heard[0].at > 1.2
+
+
 def test_who_did_not_ask_for_it_is_not_interrupted() -> None:
     speaker = Speaker(barge_in=None)
     far_end = Line(talker=somebody_else(8000), talker_at=1.0).call(speaker)

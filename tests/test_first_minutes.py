@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,13 @@ def reference(codec: str) -> tuple[Samples, int]:
 @pytest.mark.timeout(120)
 def test_every_codec_is_recorded_to_the_sample(tmp_path: Path) -> None:
     served = Served(tmp_path)
-    for codec in CODECS:
-        report = served.simulate("--codec", codec, "--name", codec, "--param", "agent=7")
-        assert (report["lost"], report["close_code"]) == (0, 1000)
+
+    def call(codec: str) -> dict[str, Any]:
+        return served.simulate("--codec", codec, "--name", codec, "--param", "agent=7")
+
+    with ThreadPoolExecutor(len(CODECS)) as callers:
+        for report in callers.map(call, CODECS):
+            assert (report["lost"], report["close_code"]) == (0, 1000)
     assert served.stop() == 0
     assert "Traceback" not in served.log.read_text()
     assert len(list(served.recordings.iterdir())) == 2 * len(CODECS)

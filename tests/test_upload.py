@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hashlib
 import os
 import stat
@@ -271,3 +273,22 @@ def test_targets_know_their_urls(s3: S3, tmp_path: Path) -> None:
     assert parse_target(f"{tmp_path.as_uri()}/a%20b").url("x.wav") == f"{tmp_path.as_uri()}/a%20b/x.wav"
     assert parse_target("s3://bucket/a/b/").url("x.wav") == "s3://bucket/a/b/x.wav"
     assert parse_target("s3://bucket").url("x.wav") == "s3://bucket/x.wav"
+
+
+async def test_a_store_nobody_needs_is_closed_where_it_was_opened(s3: S3) -> None:
+    store = s3.store("closed")
+    store.prepare()
+    loop, creator = store._files.loop, store._files._s3creator
+    sessions = creator._client._endpoint.http_session
+    assert sessions._sessions is not None
+    before = asyncio.all_tasks()
+    del store
+    gc.collect()
+    # Not on the loop that happens to run where the garbage is collected.
+    assert asyncio.all_tasks() == before
+
+    async def closed() -> None:
+        while sessions._sessions:
+            await asyncio.sleep(0)
+
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(closed(), loop))

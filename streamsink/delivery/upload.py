@@ -6,6 +6,7 @@ encrypted with no key of KMS, checksum headers differ from store to store, and w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -269,6 +271,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _close_session(loop: asyncio.AbstractEventLoop, session: AbstractAsyncContextManager[object]) -> None:
+    # s3fs would do it on whichever loop runs where the garbage is collected, and fail there.
+    asyncio.run_coroutine_threadsafe(_leave(session), loop)
+
+
+async def _leave(session: AbstractAsyncContextManager[object]) -> None:
+    await session.__aexit__(None, None, None)
+
+
 class ObjectStore:
     """A bucket, through fsspec; connected to when first used. Credentials are found as the store's own tools find them.
 
@@ -288,7 +299,10 @@ class ObjectStore:
         # What is read back is judged here, by its own hash: a store's idea of a checksum must not get in the way.
         options = {"config_kwargs": {"response_checksum_validation": "when_required"}} if self._protocol == "s3" else {}
         # Listings are never kept: what others put there meanwhile counts.
-        return fsspec.filesystem(self._protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+        files = fsspec.filesystem(self._protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+        if self._protocol == "s3":
+            files.close_session = _close_session
+        return files
 
     def prepare(self) -> None:
         """Do now what would hold up calls later: reading the descriptions of a store's API, which also fill the heap.
