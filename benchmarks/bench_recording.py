@@ -125,7 +125,6 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> Late
             close_reason="",
             members=(),
             disk=DiskSpace(0),
-            members=[],
         )
         processor = Record(format=name)  # type: ignore[arg-type]
         await processor.on_start(stream)

@@ -621,6 +621,10 @@ async def test_a_pipeline_without_talk_back_is_silent() -> None:
     ):
         with pytest.raises(TalkBackOff, match="talk_back = false"):
             use()
+    # It is heard all the same.
+    peer.media()
+    peer.media()
+    assert [frame.start for frame in probe.frames] == [0, 160]
     assert peer.outlet.sent == []
 
 

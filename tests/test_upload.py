@@ -287,8 +287,9 @@ async def test_a_store_nobody_needs_is_closed_where_it_was_opened(s3: S3) -> Non
     # Not on the loop that happens to run where the garbage is collected.
     assert asyncio.all_tasks() == before
 
-    async def closed() -> None:
-        while sessions._sessions:
-            await asyncio.sleep(0)
+    async def others_are_done() -> None:
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
 
-    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(closed(), loop))
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(others_are_done(), loop))
+    assert not sessions._sessions
