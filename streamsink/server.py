@@ -245,6 +245,7 @@ class Server:
         self._handler_before = loop.get_exception_handler()
         loop.set_exception_handler(_on_loop_exception)
         self.metrics.register(endpoint.disk)
+        self.metrics.register(endpoint.rooms)
         self.metrics.register(endpoint.delivery)
         endpoint.delivery.start()
         self.metrics.watch(endpoint.sessions)

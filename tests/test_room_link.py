@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import signal
 import time
@@ -10,14 +11,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import soundfile
 
-from streamsink.audio import Frame, Track
+from streamsink.audio import Frame, Samples, Track
 from streamsink.bus import ProcessBus
 from streamsink.config import Pipeline, RoomSettings, Settings
-from streamsink.errors import ConfigError
+from streamsink.errors import ConfigError, RoomRefused
 from streamsink.room import Mixer
 from streamsink.room import link as link_module
 from streamsink.room.link import Attendant, Link
@@ -252,9 +254,8 @@ async def test_a_leg_carries_what_is_said_here_alone(bus: ProcessBus, monkeypatc
         assert min(there.values()) > LOUD
         assert min(there.values()) - self_heard >= 40
         # The one who is heard is told by name, wherever they are.
-        assert {member.sid for member in sides[number].mixer.members if member.far} <= {
-            side.link._id for side in sides
-        } | {str(other) for other in range(3) if other != number}
+        told = {member.sid for member in sides[number].mixer.members if member.far}
+        assert told <= {"", *(str(other) for other in range(3) if other != number)}
     # At another rate the leg begins anew.
     raised = sides[0].mixer.join("wide", None, 16_000)
     assert raised.rate == 16_000
@@ -267,6 +268,158 @@ async def test_a_leg_carries_what_is_said_here_alone(bus: ProcessBus, monkeypatc
     assert sorted(member.rate for member in sides[1].mixer.members if member.far) == [16_000, 16_000]
     for side in sides:
         side.link.close()
+
+
+class Call:
+    """Two sides of a room, a member each, in time that is told; the second side's clock may run faster."""
+
+    def __init__(self, bus: ProcessBus, ppm: float = 0) -> None:
+        self.now = 0.0
+        self.speed = [1.0, 1 + ppm * 1e-6]
+        self.sides = [Side(bus, str(number), functools.partial(self.clock, number)) for number in range(2)]
+        self.members = [side.mixer.join(f"s{number}", None, 8000) for number, side in enumerate(self.sides)]
+        self.sent = [0, 0]
+        self.says: list[float | None] = [500.0, 1000.0]
+        self.heard: list[list[Samples]] = [[], []]
+
+    def clock(self, number: int) -> float:
+        return self.now * self.speed[number]
+
+    async def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.01
+            for number, (side, member) in enumerate(zip(self.sides, self.members, strict=True)):
+                there = self.clock(number)
+                # Each member goes by the clock of its own side.
+                while self.sent[number] * 0.02 < there:
+                    start, hz = 160 * self.sent[number], self.says[number]
+                    self.sent[number] += 1
+                    at = (start + np.arange(160)) / 8000
+                    samples = np.rint(6000 * np.sin(2 * np.pi * hz * at)) if hz is not None else np.zeros(160)
+                    member.hear(Frame(samples.astype(np.int16), 8000, Track.INBOUND, start, 0, 0), there)
+                    self.heard[number].append(member.source(160, there))
+                side.mixer.advance(there)
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    def last(self, number: int, seconds: float) -> Samples:
+        return np.concatenate(self.heard[number])[-round(8000 * seconds) :]
+
+    def close(self) -> None:
+        for side in self.sides:
+            side.link.close()
+
+
+@pytest.fixture
+async def pair(bus: ProcessBus) -> AsyncIterator[Call]:
+    pair = Call(bus)
+    await eventually(lambda: all(side.link.peers for side in pair.sides))
+    yield pair
+    pair.close()
+
+
+async def test_clocks_of_processes_that_differ(bus: ProcessBus) -> None:
+    call = Call(bus, 500)
+    await eventually(lambda: all(side.link.peers for side in call.sides))
+    await call.run(60)
+    for number in range(2):
+        (leg,) = [member for member in call.sides[number].mixer.members if member.far]
+        # 30 ms, in pitch periods.
+        assert leg.jitter.inserted + leg.jitter.dropped >= 3
+        assert leg.jitter.cuts == leg.jitter.concealed == 0
+        # A tone has no pause: it is as late as may be mended in one.
+        assert leg.jitter.delay < 0.07
+        assert np.abs(np.diff(call.last(number, 55).astype(int))).max() < 6000 * 2 * np.pi * 1000 / 8000 * 1.1
+    call.close()
+
+
+async def test_a_peer_that_beats_and_says_nothing(pair: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    await pair.run(1)
+    assert levels(pair.last(0, 0.5), 8000, 1000.0)[0] > LOUD
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.sides[1].mixer.uplink, "on_block", lambda samples, position, at: None)
+        await pair.run(2)
+    # What was said last has faded; nobody else is hurt.
+    assert not pair.last(0, 0.5).any()
+    assert levels(pair.last(1, 0.5), 8000, 500.0)[0] > LOUD
+    await pair.run(2)
+    assert levels(pair.last(0, 0.5), 8000, 1000.0)[0] > LOUD
+    assert np.abs(np.diff(pair.last(0, 4.9).astype(int))).max() < 6000 * 2 * np.pi * 1000 / 8000 * 1.1
+
+
+async def test_what_others_write_on_the_bus_is_ignored(
+    pair: Call, bus: ProcessBus, read_log: Callable[[], str]
+) -> None:
+    beats, audio = pair.sides[0].link._beats, pair.sides[0].link._audio
+    other = pair.sides[1].link._id
+    garbage = [
+        (beats, b"garbage"),
+        (beats, msgspec.msgpack.encode(["x", float("nan"), []])),
+        (beats, msgspec.msgpack.encode(["x", 1.0, [["a", 1]]])),
+        (audio, b""),
+        (audio, msgspec.msgpack.encode([other, 8000, 0, b"odd", None, None])),
+        (audio, msgspec.msgpack.encode([other, 1 << 40, 0, b"", None, None])),
+        (audio, msgspec.msgpack.encode([other, 8000, 0, bytes(96_002), None, None])),
+        (audio, msgspec.msgpack.encode([other, 8000, -1, b"", None, None])),
+        (audio, msgspec.msgpack.encode([other, 8000, 1 << 60, b"", None, None])),
+    ]
+    await pair.run(1)
+    for subject, octets in garbage * 2:
+        bus.publish(subject, octets)
+    # From somebody who has not been heard of.
+    bus.publish(audio, msgspec.msgpack.encode(["x", 8000, 0, b"", None, None]))
+    await pair.run(1)
+    assert [side.link.ignored for side in pair.sides] == [2 * len(garbage)] * 2
+    assert read_log().count("something else writes on the bus") == 2
+    assert "Traceback" not in read_log()
+    assert levels(pair.last(0, 0.5), 8000, 1000.0)[0] > LOUD
+
+
+async def test_who_talks_elsewhere_is_told_by_name(pair: Call) -> None:
+    told: list[str | None] = []
+    pair.sides[0].mixer.on_speaker = lambda event: told.append(event.sid)
+    pair.says[0] = None
+    await pair.run(2)
+    assert told == ["s1"]
+    # Somebody else there goes on where the first one stops.
+    second = pair.sides[1].mixer.join("s2", None, 8000)
+    first, pair.members[1] = pair.members[1], second
+    await pair.run(4)
+    assert told == ["s1", "s2"]
+    first.leave()
+    pair.says[1] = None
+    await pair.run(4)
+    assert told == ["s1", "s2", None]
+
+
+async def test_processes_share_the_limit_of_members(serve: Serve, bus: ProcessBus, tmp_path: Path) -> None:
+    settings = {**ROOM, "rooms": {"crew": RoomSettings(max_members=3, processors=["record"], grace_seconds=0)}}
+    sides = [await serve(**settings, recordings=tmp_path / name) for name in ("one", "two")]
+    one, two = [running.server.endpoint.rooms for running in sides]
+    one.bus = two.bus = bus
+    room, first = one.join("crew", "a", None, 8000)
+    there, second = two.join("crew", "b", None, 8000)
+    await eventually(lambda: room.audience is not None and there.audience is None)
+    # The same id in two processes is two members.
+    _, third = two.join("crew", "a", "same", 8000)
+    await eventually(lambda: sum(len(peer.members) for peer in room._peers) == 2)
+    assert room.audience is not None
+    assert [(member.sid, member.name) for member in room.audience.stream.members] == [
+        ("a", None),
+        ("b", None),
+        ("a", "same"),
+    ]
+    with pytest.raises(RoomRefused, match="max_members"):
+        one.join("crew", "c", None, 8000)
+    metrics = sides[1].server.metrics.render()[0].decode()
+    assert "streamsink_rooms_active 1.0" in metrics
+    assert "streamsink_room_members 2.0" in metrics
+    # A room that ends while a beat is on its way.
+    there.leave(third)
+    there.leave(second)
+    room.leave(first)
+    await eventually(lambda: "crew" not in one and "crew" not in two)
 
 
 def test_workers_with_rooms_want_a_bus(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ two, and when it is whole again.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -35,6 +36,12 @@ ANSWERS = 0.3
 LEG_DELAY = 0.02
 """Seconds of delay a leg starts with: its ticks are a clock's, only the way of one jitters."""
 LEG_LEAST = 0.01
+RATES = range(8000, 48_001)
+"""Hz a leg may have."""
+MOST_SAMPLES = 48_000
+"""Samples of a message at most."""
+MOST_POSITION = 1 << 53
+"""Where a message can begin at most: half a million years."""
 
 
 class Attendant(NamedTuple):
@@ -46,7 +53,8 @@ class Attendant(NamedTuple):
 
 class _Beat(msgspec.Struct, array_like=True):
     sender: str
-    # Seconds since the epoch, when the sender's room began.
+    # Seconds since the epoch, when the sender's room began, by its own clock. Where machines' clocks differ another
+    # than the oldest may own the room, but it is the same one for all of them.
     since: float
     members: list[tuple[str, str | None]]
     # The sender has just come and wants to be answered.
@@ -99,6 +107,7 @@ class Link:
 
     Attributes:
         peers: The other processes, by what they call themselves.
+        ignored: Messages that no process of ours can have sent.
         owner: Whether the room's processors listen here; None until that is known.
     """
 
@@ -114,6 +123,8 @@ class Link:
     ) -> None:
         self.peers: dict[str, Peer] = {}
         self.owner: bool | None = None
+        self.ignored = 0
+        self._name = name
         self._id = uuid.uuid4().hex
         self._since = time.time()
         self._bus = bus
@@ -165,7 +176,12 @@ class Link:
         self._changed()
 
     def _on_beat(self, message: Message) -> None:
-        beat = _beat(message.payload)
+        try:
+            beat = _beat(message.payload)
+        except msgspec.MsgspecError:
+            return self._ignore()
+        if not math.isfinite(beat.since):
+            return self._ignore()
         if beat.sender == self._id:
             return
         if beat.leaving:
@@ -182,6 +198,11 @@ class Link:
             self._tell()
         if self.owner is not None:
             self._decide()
+
+    def _ignore(self) -> None:
+        self.ignored += 1
+        if self.ignored == 1:
+            log.warning("something else writes on the bus: messages about a room are ignored", room=self._name)
 
     def _drop(self, sender: str) -> None:
         peer = self.peers.pop(sender, None)
@@ -205,7 +226,17 @@ class Link:
         self._bus.publish(self._audio, _encode(audio))
 
     def _on_audio(self, message: Message) -> None:
-        audio = _audio(message.payload)
+        try:
+            audio = _audio(message.payload)
+        except msgspec.MsgspecError:
+            return self._ignore()
+        if (
+            audio.sample_rate not in RATES
+            or len(audio.samples) % 2
+            or len(audio.samples) > 2 * MOST_SAMPLES
+            or not 0 <= audio.position < MOST_POSITION
+        ):
+            return self._ignore()
         peer = self.peers.get(audio.sender)
         if peer is None:
             return
@@ -213,7 +244,7 @@ class Link:
         if leg is None or leg.gone or leg.rate != audio.sample_rate:
             if leg is not None:
                 leg.leave()
-            leg = peer.leg = self._mixer.join(audio.sender, None, audio.sample_rate, "speak", far=True)
+            leg = peer.leg = self._mixer.join("", None, audio.sample_rate, "speak", far=True)
             leg.jitter = JitterBuffer(leg.rate, LEG_DELAY, LEG_LEAST)
         if audio.sid is not None:
             leg.sid, leg.name = audio.sid, audio.name

@@ -41,7 +41,7 @@ class Member:
 
     Args:
         mixer: What it is part of.
-        sid: Who it is: the stream's streamSid.
+        sid: Who it is: the stream's streamSid. Of one that is far who of its members talks, empty until that is known.
         name: The stream's name.
         rate: Hz of its audio, both ways.
         mode: Whether it speaks, listens, or both.
@@ -240,6 +240,8 @@ class Mixer:
         # Row of the uplink among those who hear, and rows of those who are far among those who speak.
         self._near: tuple[int, list[int]] | None = None
         self._speaker: ActiveSpeaker[Member] = ActiveSpeaker()
+        # The streamSid of whom everybody was told of.
+        self._told: str | None = None
         self._limiter = Limiter(round(rate * TICK))
         self._limiter.add()
         self._to_stream: Resampler | None = None
@@ -372,9 +374,16 @@ class Mixer:
         levels = np.sqrt(np.einsum("ij,ij->i", loud, loud) / loud.shape[1]).tolist()
         heard = dict(zip(speaking, levels, strict=True))
         since = self._speaker.observe(heard, at - self.began, TICK)
+        who = self._speaker.current
+        if who is not None and who.far:
+            if since is None and who.sid != self._told:
+                # The same mixer, another one of its members.
+                since = at - self.began
+            if not who.sid:
+                return
         if since is None:
             return
-        who = self._speaker.current
+        self._told = None if who is None else who.sid
         event = Speaker(
             None if who is None else who.sid,
             None if who is None else who.name,

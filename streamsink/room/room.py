@@ -6,12 +6,14 @@ import asyncio
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn, Protocol
 
 import structlog
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from streamsink.audio import Frame, Samples, Track
 from streamsink.bus import Bus
@@ -210,7 +212,8 @@ class Room:
             mode: Whether it speaks, listens, or both.
 
         Raises:
-            RoomRefused: There are `max_members` already.
+            RoomRefused: There are `max_members` already, in all processes; where several join in different ones at once
+                there may be a few more.
         """
         elsewhere = sum(len(peer.members) for peer in self._peers)
         if len(self._here) + elsewhere >= self.settings.max_members:
@@ -232,6 +235,11 @@ class Room:
         self._attendance_changed()
 
     @property
+    def members(self) -> int:
+        """How many streams of this process are in it."""
+        return len(self._here)
+
+    @property
     def _peers(self) -> list[Peer]:
         return [] if self._link is None else list(self._link.peers.values())
 
@@ -245,7 +253,9 @@ class Room:
         present: dict[object, Attendant] = {}
         present.update(self._here.items())
         # Those of other processes by their ids: they are no members of this mixer.
-        present.update({member.sid: member for peer in self._peers for member in peer.members})
+        if self._link is not None:
+            for sender, peer in self._link.peers.items():
+                present.update({(sender, member.sid): member for member in peer.members})
         if self.audience is not None:
             self.audience.attend(present)
         needed = self._here or (present and self._owner)
@@ -360,7 +370,7 @@ class Room:
         """Its processors are told by the mixer."""
 
 
-class Rooms:
+class Rooms(Collector):
     """All rooms of a process, by name.
 
     Args:
@@ -399,6 +409,13 @@ class Rooms:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus is told."""
+        rooms = self._open.values()
+        yield GaugeMetricFamily("streamsink_rooms_active", "Rooms with members here, or waiting.", value=len(rooms))
+        members = sum(room.members for room in rooms)
+        yield GaugeMetricFamily("streamsink_room_members", "Streams that are in a room.", value=members)
 
     def join(self, name: str, sid: str, stream_name: str | None, rate: int, mode: Mode = "both") -> tuple[Room, Member]:
         """Enter a room, which is made where there is none of that name.
