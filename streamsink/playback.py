@@ -34,6 +34,7 @@ from streamsink.playout import (
     RichPlayout,
     check_rate,
     check_samples,
+    check_wishes,
     to_int16,
 )
 from streamsink.wire import Writer
@@ -54,6 +55,8 @@ ITEMS_LIMIT = 100_000
 """Pieces it may be queued in: ten minutes of the shortest frames and then some."""
 MARKS_LIMIT = 10_000
 """Marks of one stream whose echo has not come."""
+MARK_NAME_LIMIT = 1000
+"""Characters of a mark's name: it comes back in a message, which may not be longer than any."""
 UNCONFIRMED_AFTER = 5.0
 """Seconds after its audio must have ended that a mark's echo is waited for; the same for one that was cleared."""
 _EPSILON = 1e-6
@@ -219,6 +222,7 @@ class Playback:
             CodecError: The array or the rate cannot be used.
             PlayoutFull: More would be queued than `QUEUE_LIMIT`.
             StreamClosed: The stream has ended.
+            TypeError: ``barge_in`` or ``text`` is something else.
         """
         if self._closed:
             self._check_open()
@@ -248,6 +252,8 @@ class Playback:
             if self.on_played is not None:
                 self.wake()
             return playout
+        if barge_in is not None or text:
+            check_wishes(barge_in, text)
         if isinstance(samples, AsyncIterable):
             playout = RichPlayout(self, samples, 0 if rate is None else check_rate(rate), barge_in, text)
         else:
@@ -276,8 +282,11 @@ class Playback:
 
         Raises:
             StreamClosed: The stream has ended.
+            TypeError: It cannot be called.
         """
         self._check_open()
+        if source is not None and not callable(source):
+            raise TypeError(f"play_live() wants a function that is given a number of samples; got {source!r}")
         self._live = source
         self._live_from = self.clock() + after
         self._advance_and_wake()
@@ -302,8 +311,12 @@ class Playback:
         Raises:
             PlayoutFull: `MARKS_LIMIT` marks have not come back.
             StreamClosed: The stream has ended.
+            ValueError: The name is no text of 1 to `MARK_NAME_LIMIT` characters.
         """
         self._check_open()
+        if not isinstance(name, str) or not 0 < len(name) <= MARK_NAME_LIMIT:
+            got = f"{len(name):,} characters" if isinstance(name, str) else type(name).__name__
+            raise ValueError(f"mark() wants a name as str, 1 to {MARK_NAME_LIMIT:,} characters long; got {got}")
         if self._marks >= MARKS_LIMIT:
             raise PlayoutFull(f"{MARKS_LIMIT:,} marks of this stream have not come back: wait for on_mark")
         self._marks += 1
@@ -321,8 +334,10 @@ class Playback:
         """
         self._check_open()
         now = self.clock()
-        cleared = self._drop(Outcome.INTERRUPTED, now)
+        unheard, cleared = self._drop(Outcome.INTERRUPTED, now)
         self._send(self._writer.clear())
+        # Told last: whoever answers it at once is behind the clear.
+        self._report_cut(unheard, now)
         return cleared
 
     def dtmf(self, digit: str) -> None:
@@ -353,8 +368,9 @@ class Playback:
         self._closed = True
         self._live = None
         now = self.clock()
-        self._report_played(now)
-        return self._drop(Outcome.CLOSED, now)
+        unheard, marks = self._drop(Outcome.CLOSED, now)
+        self._report_cut(unheard, now)
+        return marks
 
     # --- What the session, the pacer and sources call ---
 
@@ -679,8 +695,12 @@ class Playback:
             assert self.on_played is not None
             self.on_played(frame.samples, frame.start + self.lag)
 
-    def _drop(self, outcome: Outcome, now: float) -> list[str]:
-        """Forget all that is queued here and, as far as it is not played yet, at the far end."""
+    def _drop(self, outcome: Outcome, now: float) -> tuple[deque[_Sent], list[str]]:
+        """Forget all that is queued here and, as far as it is not played yet, at the far end.
+
+        Returns:
+            What was sent and is not reported as heard, and the marks that will not come back.
+        """
         sent_marks = [name for name, _ in self._pending_marks]
         self._cleared_marks.extend((name, now) for name in sent_marks)
         marks = [*sent_marks, *self._marks_behind_partial]
@@ -690,19 +710,12 @@ class Playback:
         for playout in playouts:
             finished = playout in self._finishing and playout.end + self.lag <= now
             playout.finish(Outcome.FINISHED if finished else outcome, now)
-        self._report_played(now)
-        if self._sent and self.on_played is not None:
-            # The frame being heard at this moment is cut where the listener is.
-            start, _, samples = self._sent[0]
-            heard = int((now - start - self.lag) * self._rate)
-            if heard > 0:
-                self.on_played(samples[:heard], start + self.lag)
+        unheard, self._sent = self._sent, deque()
         self._queue.clear()
         self._queued = 0.0
         self._feeds = self._marks = 0
         self._finishing.clear()
         self._sending.clear()
-        self._sent.clear()
         self._pending_marks.clear()
         self._marks_behind_partial.clear()
         self._partial = NOTHING
@@ -711,4 +724,13 @@ class Playback:
         self._gain = None
         self._far_end = min(self._far_end, now)
         self._more = False
-        return marks
+        return unheard, marks
+
+    def _report_cut(self, sent: deque[_Sent], now: float) -> None:
+        """Report what was heard of what a clear dropped: the frame being heard is cut where the listener is."""
+        for start, end, samples in sent:
+            heard = len(samples) if end + self.lag <= now + _EPSILON else int((now - start - self.lag) * self._rate)
+            if heard <= 0:
+                break
+            assert self.on_played is not None
+            self.on_played(samples[:heard], start + self.lag)

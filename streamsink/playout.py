@@ -72,10 +72,19 @@ class BargeIn(msgspec.Struct, frozen=True):
     Attributes:
         duck_db: When the talker starts, the playout becomes this much quieter.
         clear_ms: When the talker has gone on for so long, it is cleared and ends as ``INTERRUPTED``.
+
+    Raises:
+        ValueError: One of them is below 0, or beyond what makes sense: 96 dB, a minute.
     """
 
     duck_db: float = 12.0
     clear_ms: int = 300
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.duck_db <= 96:
+            raise ValueError(f"duck_db is {self.duck_db!r}; wanted 0 to 96 dB")
+        if not 0 <= self.clear_ms <= 60_000:
+            raise ValueError(f"clear_ms is {self.clear_ms!r}; wanted 0 to 60000 milliseconds")
 
 
 class Owner(Protocol):
@@ -398,6 +407,22 @@ def check_samples(who: str, samples: object) -> Audio:
     else:
         got = str(type(samples))
     raise CodecError(f"{who} wants a mono int16 array of shape (n,), or a float32 one from -1 to 1; got {got}")
+
+
+def check_wishes(barge_in: object, text: object) -> None:
+    """See that what comes along with audio is what is wanted: it is looked at while a call goes on.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if barge_in is not None and not isinstance(barge_in, BargeIn):
+        raise TypeError(f"play() wants barge_in=BargeIn() or None; got {barge_in!r}")
+    if isinstance(text, str) or not isinstance(text, Sequence) or not all(map(_is_said, text)):
+        raise TypeError("play() wants text as pairs of a position in samples and the words that end there")
+
+
+def _is_said(item: object) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], int) and isinstance(item[1], str)
 
 
 def check_rate(rate: object) -> int:

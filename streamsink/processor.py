@@ -463,8 +463,13 @@ class Chain:
     def _hear(self, frame: Frame) -> None:
         if self.echo is not None and frame.track is Track.INBOUND:
             frame = self.echo.clean(frame)
-        for ear in self._ears:
-            ear.frame(frame)
+        for ear in self._ears.copy():
+            try:
+                ear.frame(frame)
+            except Exception as error:
+                # What listens is no reason to end the call.
+                log.error("voice activity detection failed; this stream goes on without", exc_info=error)
+                self._ears.remove(ear)
 
     def played(self, frame: Frame) -> None:
         """Hand what the far end heard of ours to every processor, each at the rate it asked for."""

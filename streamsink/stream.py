@@ -183,6 +183,7 @@ class Stream:
             PlayoutFull: More than ten minutes of audio would be queued.
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
+            TypeError: ``barge_in`` or ``text`` is something else.
         """
         if not self.talk_back:
             self._check_talk_back()
@@ -259,6 +260,7 @@ class Stream:
         Raises:
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
+            TypeError: It cannot be called.
         """
         self._check_talk_back()
         self._playback.play_live(source, after)
@@ -270,6 +272,7 @@ class Stream:
             PlayoutFull: 10,000 marks have not come back.
             StreamClosed: The stream has ended.
             TalkBackOff: The pipeline does not let its processors speak.
+            ValueError: The name is no text of 1 to 1,000 characters.
         """
         self._check_talk_back()
         self._playback.mark(name)

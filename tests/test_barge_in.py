@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from streamsink.processor import MarkOutcome, Processor
 from streamsink.session import Session
 from streamsink.speech.echo import EchoGate
 from streamsink.speech.events import Speech, SpeechChange, VadSettings
+from streamsink.speech.vad import Detectors, Listening
 from streamsink.stream import Stream
 from streamsink.testing import _FarEnd, _Ready, _VirtualLoop
 from tests.far_end import FarEnd
@@ -428,3 +430,35 @@ def test_an_echo_that_moves_is_found_again() -> None:
     assert marks.count("t") <= 10
     assert echoed(ours, delayed(ours, 0.2), lose=range(100, 110)).count("t") <= 10
     assert echoed(ours, delayed(ours, 0.2), ppm=300).count("t") <= 10
+
+
+def test_a_talker_who_clears_at_once_clears_once() -> None:
+    """The first 20 ms of a frame of 60 clear; what the rest of it tells is nobody's business any more."""
+    far_end = FarEnd()
+    far_end.playback.play(np.zeros(8000, np.int16), 8000, BargeIn(clear_ms=20))
+    far_end.run(0.02)
+    cleared: list[float] = []
+    detectors = Detectors()
+    interrupter = Interrupter(
+        far_end.playback, lambda: Listening(detectors, lambda frame, rate: frame), lambda: cleared.append(far_end.now)
+    )
+    loud = (8000 * np.sin(np.arange(480))).astype(np.int16)
+    quiet = np.zeros(480, np.int16)
+    for number, samples in enumerate([quiet, loud, loud, quiet]):
+        interrupter.frame(Frame(samples, 8000, Track.INBOUND, number * 480, 0, number))
+        far_end.playback.clear() if cleared and far_end.playback.barge_in else None
+    assert len(cleared) == 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"duck_db": -6.0}, "duck_db is -6.0; wanted 0 to 96 dB"),
+        ({"duck_db": float("nan")}, "duck_db is nan; wanted 0 to 96 dB"),
+        ({"clear_ms": -1}, "clear_ms is -1; wanted 0 to 60000 milliseconds"),
+        ({"clear_ms": float("inf")}, "clear_ms is inf; wanted 0 to 60000 milliseconds"),
+    ],
+)
+def test_what_a_talker_may_not_do_is_told(wish: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BargeIn(**wish)

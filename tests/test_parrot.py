@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from streamsink.audio import Samples, Track
+from streamsink.errors import ProcessorError
 from streamsink.processors.parrot import ROLL, Parrot
 from streamsink.testing import Loss, Result, run_processor
 
@@ -152,3 +153,9 @@ async def test_a_call_that_ends_while_it_speaks_ends(sentence: Samples) -> None:
     # One that ends in the middle of an utterance hears nothing of it.
     result = await run_processor(Parrot(), sentence[: RATE * 2], RATE)
     assert not len(result.played)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -5.0, 0.0])
+def test_a_length_that_cannot_be_kept_is_told(seconds: float) -> None:
+    with pytest.raises(ProcessorError, match=r"parrot: longest_seconds is .*; wanted 1 to 300 seconds"):
+        Parrot(longest_seconds=seconds)

@@ -11,7 +11,7 @@ from streamsink.codec import CodecSpec
 from streamsink.errors import CodecError, PlayoutFull, StreamClosed
 from streamsink.pacer import Pacer
 from streamsink.playback import LEAD, Playback
-from streamsink.playout import Outcome, Played
+from streamsink.playout import Outcome, Played, Playout
 from streamsink.wire import Writer
 from tests.far_end import FarEnd, ramp, wait
 
@@ -774,3 +774,54 @@ def test_a_playback_with_nothing_due_is_not_waited_for() -> None:
     paced.loop.run(101)
     assert len(paced.sent[0]) == 5
     assert paced.late == []
+
+
+def test_who_answers_what_was_heard_of_a_clear_is_behind_it() -> None:
+    far_end = FarEnd(listen=True)
+    playback = far_end.playback
+    answers: list[Playout] = []
+
+    def answer(samples: Samples, at: float) -> None:
+        if not answers:
+            answers.append(playback.play(ramp(480), 8000))
+            playback.mark("answer")
+
+    playback.play(ramp(480), 8000)
+    far_end.now += 0.03
+    playback.on_played = answer
+    assert playback.clear() == []
+    far_end.run(1)
+    # Nothing of the answer was before the clear, and nothing of it is forgotten.
+    assert far_end.events == "mmm" + "c" + "mmmk"
+    assert playback.mark_echoed("answer", far_end.now)
+    assert answers[0].played_ms == 60
+
+
+@pytest.mark.parametrize("name", ["", "x" * 1001, 5, None])
+def test_a_mark_that_could_not_come_back_is_refused(name: Any) -> None:
+    far_end = FarEnd()
+    with pytest.raises(ValueError, match=r"mark\(\) wants a name as str, 1 to 1,000 characters long; got"):
+        far_end.playback.mark(name)
+    assert far_end.events == ""
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"barge_in": True}, r"wants barge_in=BargeIn\(\) or None; got True"),
+        ({"text": "hello"}, "wants text as pairs of a position in samples and the words that end there"),
+        ({"text": [("hello", 5)]}, "wants text as pairs"),
+        ({"text": 5}, "wants text as pairs"),
+    ],
+)
+def test_what_comes_with_audio_is_checked_before_the_call_meets_it(wishes: dict[str, Any], message: str) -> None:
+    far_end = FarEnd()
+    with pytest.raises(TypeError, match=message):
+        far_end.playback.play(ramp(800), 8000, **wishes)
+    assert far_end.playback.due is None
+
+
+def test_a_live_source_is_something_that_can_be_called() -> None:
+    nothing: Any = ramp(160)
+    with pytest.raises(TypeError, match=r"play_live\(\) wants a function"):
+        FarEnd().playback.play_live(nothing)

@@ -541,3 +541,25 @@ def _load(tmp_path: Path, text: str) -> Settings:
     path = tmp_path / "streamsink.toml"
     path.write_text(text)
     return load(config=str(path))
+
+
+async def test_what_listens_and_fails_ends_no_call(tmp_path: Path, read_log: Callable[[], str]) -> None:
+    class Broken:
+        heard = 0
+
+        def frame(self, frame: Frame) -> None:
+            self.heard += 1
+            raise RuntimeError("broken")
+
+        def close(self) -> None:
+            """Nothing to let go of."""
+
+    listener = Ears(VadSettings(engine="energy"))
+    chain = await started(tmp_path, listener)
+    broken = Broken()
+    chain.listen(broken)
+    for number in range(3):
+        chain.frame(Frame(np.zeros(160, np.int16), 8000, Track.INBOUND, number * 160, 0, number))
+    await chain.stop("stop")
+    assert broken.heard == 1
+    assert read_log().count("voice activity detection failed; this stream goes on without") == 1

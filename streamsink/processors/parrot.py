@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from streamsink.audio import Frame, Samples, Track
+from streamsink.errors import ProcessorError
 from streamsink.playout import BargeIn, Outcome, Playout
 from streamsink.processor import Processor
 from streamsink.speech.events import Speech, SpeechChange, VadSettings
@@ -18,6 +19,8 @@ ROLL = 0.2
 """Seconds kept before and after an utterance, so that soft sounds at its ends are not cut."""
 KEEP = 1.5
 """Seconds kept while nobody talks: a talker is noticed later than they began."""
+LONGEST = 300.0
+"""Seconds: who sets more would hear nothing for longer than anybody waits."""
 
 
 class Parrot(Processor):
@@ -29,6 +32,9 @@ class Parrot(Processor):
         pause_ms: Silence that ends an utterance.
         longest_seconds: Of a longer utterance, only so much is said back: its end.
         engine: How voice activity is detected.
+
+    Raises:
+        ProcessorError: ``longest_seconds`` cannot be used.
     """
 
     def __init__(
@@ -38,6 +44,8 @@ class Parrot(Processor):
         longest_seconds: float = 60.0,
         engine: Literal["auto", "silero", "energy"] = "auto",
     ) -> None:
+        if not 1.0 <= longest_seconds <= LONGEST:
+            raise ProcessorError(f"parrot: longest_seconds is {longest_seconds!r}; wanted 1 to {LONGEST:g} seconds")
         self.vad = VadSettings(engine=engine, hangover_ms=pause_ms)
         self._longest = longest_seconds
         self._frames: deque[Frame] = deque()

@@ -57,6 +57,7 @@ class EnergyDetector:
         # dBFS; None before the first window.
         self._noise: float | None = None
         self._floats = np.empty(self._window, np.float32)
+        self._closed = False
 
     def push(self, frame: Frame) -> None:
         """Judge a frame."""
@@ -70,7 +71,8 @@ class EnergyDetector:
             self._judge(samples[offset : offset + size], start + offset)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing more is told, of the frame that is being judged neither."""
+        self._closed = True
 
     def _judge(self, samples: Samples, start: int) -> None:
         level = self._level(samples)
@@ -85,6 +87,8 @@ class EnergyDetector:
         above = level - max(self._least, noise + MARGIN)
         end = start + len(samples)
         for talk in self._talks:
+            if self._closed:
+                return
             talk.judged(above >= 0.0 or (talk.talking and above >= -STAY), start, end)
 
     def _level(self, samples: Samples) -> float:

@@ -271,7 +271,11 @@ class Pool:
             SpeechError: They cannot be started.
         """
         try:
-            await asyncio.gather(*(self._start_worker() for _ in range(self._size)))
+            # All of them to the end: one that starts when another has failed would outlive the pool.
+            starts = [self._start_worker() for _ in range(self._size)]
+            for failure in await asyncio.gather(*starts, return_exceptions=True):
+                if failure is not None:
+                    raise failure
         except ChildDied as error:
             raise SpeechError(f"{self._engine.name} does not start: {error}; standard error tells more") from error
         except OSError as error:
