@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
 from streamsink.plugins import find
 from streamsink.processors import writer
+from streamsink.processors.record import Record
 from streamsink.session import Session
 from streamsink.wire import PlatformWriter
 from tests.recording_child import Outlet
@@ -24,6 +26,13 @@ from tests.recording_child import Outlet
 HOUR = 3600
 PTIME = 0.1
 FRAME = 800
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        # What another thread does tells nobody here.
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
 
 
 @pytest.mark.parametrize("ppm", [-200, 200])
@@ -40,7 +49,12 @@ async def test_an_hour_is_an_hour_at_any_skew_and_through_a_step_of_the_wall_clo
     platform = PlatformWriter("sid")
     session.receive(platform.connected(), now)
     session.receive(platform.start(account_sid="a", call_sid="c", encoding="PCMU", sample_rate=8000), now)
-    await asyncio.sleep(0.05)
+    assert session._chain is not None
+    recorder = session._chain._guards[0].processor
+    assert isinstance(recorder, Record)
+    await until(lambda: bool(list(tmp_path.glob("*.wav.part"))))
+    # The start was a job of the writing thread: behind it comes the next.
+    await writer.writer.run(lambda: None)
     rng = random.Random(ppm)
     payload = bytes([0x80 + 0x10]) * FRAME
     beep = np.full(FRAME, 5000, np.int16)
@@ -58,7 +72,8 @@ async def test_an_hour_is_an_hour_at_any_skew_and_through_a_step_of_the_wall_clo
             session._on_played(beep, began + number * PTIME * (1 + ppm / 1e6))
         session.receive(platform.media(payload, chunk=number + 1, timestamp_ms=number * 100), now)
         if number % 1500 == 0:
-            await asyncio.sleep(0.03)
+            # This clock is faster than the machine's, and the disk as fast as it is.
+            await until(lambda: not recorder._pending)
     session.receive(platform.stop(), now)
     await session.done.wait()
     (path,) = await asyncio.to_thread(lambda: list(tmp_path.glob("*.wav")))
