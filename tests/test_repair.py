@@ -241,6 +241,65 @@ async def test_the_command_tells_what_it_did(tmp_path: Path) -> None:
     assert "is no folder" in err
 
 
+REPAIRING = """
+import sys, time
+from pathlib import Path
+from streamsink import log
+from streamsink.processors.repair import JUST_MADE, repair
+
+log.configure("text", "error")
+print("ready", flush=True)
+sys.stdin.readline()
+for done in repair(Path(sys.argv[1]), lambda: time.time() + 2 * JUST_MADE):
+    if done.problem is None:
+        print(done.stem, *done.files)
+    elif not done.in_use:
+        sys.exit(done.problem)
+"""
+
+
+def repaired_at_once(folder: Path, count: int = 2) -> list[list[str]]:
+    """Let so many processes repair a folder; for each recording that one of them has mended, its stem and files."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", REPAIRING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(count)
+    ]
+    # Nobody begins before all can.
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=20)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count
+    return [line.split() for lines in said for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize("format", ["wav", "flac"])
+async def test_processes_that_repair_the_same_folder_at_once_share_the_work(format: str, tmp_path: Path) -> None:
+    crashed = tmp_path / "crashed"
+    await left_behind(tmp_path / "live", crashed, format=format)
+    there = tmp_path / "there"
+    there.mkdir()
+    stems = [f"{number:02}" for number in range(40)]
+    for stem in stems:
+        text = (crashed / f"{STEM}.json.part").read_text()
+        (there / f"{stem}.json.part").write_text(text.replace(STEM, stem))
+        shutil.copy(crashed / f"{STEM}.wav.part", there / f"{stem}.wav.part")
+    lines = await asyncio.to_thread(repaired_at_once, there)
+    # Each was mended once, by one of them, and nothing is left over.
+    assert sorted(lines) == [[stem, f"{stem}.{format}", f"{stem}.json"] for stem in stems]
+    assert names(there) == sorted(f"{stem}.{ending}" for stem in stems for ending in (format, "json"))
+    for stem in stems:
+        audio = there / f"{stem}.{format}"
+        assert soundfile.read(audio, dtype="int16")[0].tolist() == WANTED
+        assert told(audio.with_suffix(".json"))["sha256"] == hashlib.sha256(audio.read_bytes()).hexdigest()
+
+
 # --- Twenty kills ----------------------------------------------------------------------------------------------------
 
 
