@@ -36,6 +36,12 @@ STEM = "20261120T204218Z_front_desk"
 KILLS = 20
 
 
+@pytest.fixture(autouse=True)
+def written_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded in this process; children keep the real interval."""
+    monkeypatch.setattr("streamsink.processors.writer.FLUSH_INTERVAL", 0.01)
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
