@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
@@ -101,6 +102,27 @@ class Child:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+
+def asked_once(module: str, argument: str, message: object, timeout: float) -> tuple[Any, str]:
+    """Start a child, send it one message and wait for its end; blocks.
+
+    Returns:
+        The first answer, and what the child wrote to standard error.
+
+    Raises:
+        OSError: There is no room for a process.
+        subprocess.SubprocessError: It gave no answer, or took longer than ``timeout`` seconds.
+    """
+    octets = _encode(message)
+    command = [sys.executable, "-m", module, argument]
+    done = subprocess.run(
+        command, input=_LENGTH.pack(len(octets)) + octets, capture_output=True, timeout=timeout, check=False
+    )
+    if len(done.stdout) < _LENGTH.size:
+        raise subprocess.SubprocessError(f"the process of {module} ended with status {done.returncode}")
+    (length,) = _LENGTH.unpack_from(done.stdout)
+    return _decode(done.stdout[_LENGTH.size : _LENGTH.size + length]), done.stderr.decode(errors="replace")
 
 
 def answer(reply: Callable[[Any], Iterable[object]]) -> None:

@@ -20,7 +20,7 @@ import structlog
 
 from streamsink.audio import Frame, Track
 from streamsink.codec import Resampler
-from streamsink.errors import StreamClosed
+from streamsink.errors import ProcessorError, SpeechError, StreamClosed, TalkBackOff
 from streamsink.speech.echo import EchoGate
 from streamsink.speech.vad import Detectors, Listening
 
@@ -362,6 +362,9 @@ class _Guard:
         self.tally.processor_error(self.name)
         if isinstance(cause, str):
             self.log.error("processor retired", hook=hook, cause=cause)
+        elif isinstance(cause, SpeechError | ProcessorError | TalkBackOff):
+            # A sentence that says all there is to know.
+            self.log.error("processor retired", hook=hook, cause=str(cause))
         else:
             self.log.error("processor retired", hook=hook, exc_info=cause)
         was_alive, self.alive, self.held = self.alive, False, None

@@ -12,6 +12,7 @@ import pytest
 import streamsink
 from streamsink.audio import Frame, Track
 from streamsink.codec import Resampler
+from streamsink.errors import TalkBackOff
 from streamsink.processor import SLOW_CALL, SLOW_CALLS, SLOW_WITHIN, Chain, Frames, MarkOutcome, Processor
 from streamsink.stream import Stream
 from tests.streams import Counts, counting, frame, make_stream
@@ -639,3 +640,15 @@ def test_what_is_not_an_async_function_of_two_is_refused() -> None:
     for function in (plain, alone):
         with pytest.raises(TypeError, match="async def f"):
             streamsink.processor()(function)  # type: ignore[arg-type]
+
+
+async def test_a_sentence_that_says_all_needs_no_traceback(stream: Stream, capsys: pytest.CaptureFixture[str]) -> None:
+    class Mute(Failing):
+        def fail(self, hook: str) -> None:
+            if hook == "on_frame":
+                raise TalkBackOff("this pipeline may not speak")
+
+    await play_all(chain_of(Mute()), stream)
+    told = capsys.readouterr().out
+    assert "this pipeline may not speak" in told
+    assert "Traceback" not in told

@@ -443,6 +443,43 @@ async def test_a_disk_that_takes_no_more_retires_the_processor(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("grammar", "told"),
+    [
+        ("not a grammar {", "cannot use this grammar or these keywords: syntax error"),
+        (
+            "#JSGF V1.0;\ngrammar x;\npublic <x> = qwertzuiop;\n",
+            "grammar or these keywords: .*qwertzuiop",
+        ),
+        (None, "grammar or these keywords: .*qwertzuiop"),
+    ],
+)
+def test_a_grammar_that_cannot_be_used_is_one_sentence_at_the_servers_start(
+    tmp_path: Path, grammar: str | None, told: str
+) -> None:
+    pytest.importorskip("pocketsphinx", reason="needs the speech extra")
+    path = tmp_path / "x.jsgf"
+    option = "keywords=qwertzuiop"
+    if grammar is not None:
+        path.write_text(grammar)
+        option = f"grammar={path}"
+    with pytest.raises(ProcessorError, match=told) as error:
+        find(f"transcribe:{option}").build()
+    assert "\n" not in str(error.value)
+
+
+def test_keywords_that_can_be_used_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pocketsphinx", reason="needs the speech extra")
+    plugin = find("transcribe:keywords=yes/1e-10,next tuesday")
+    plugin.build()
+    monkeypatch.setattr("sys.executable", "/no/python")
+    plugin.build()
+    # Another process cannot be had: that is no verdict on the words.
+    find("transcribe:keywords=qwertzuiop").build()
+    monkeypatch.setattr("sys.executable", "/bin/true")
+    find("transcribe:keywords=qwertzuiop").build()
+
+
+@pytest.mark.parametrize(
     ("spec", "told"),
     [
         (

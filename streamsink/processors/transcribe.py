@@ -97,7 +97,9 @@ class Transcribe(Processor):
             url=url,
         )
         # What is missing is told now; what is loaded is shared.
-        capabilities = find_engine(engine, self._options).capabilities
+        found = find_engine(engine, self._options)
+        found.check()
+        capabilities = found.capabilities
         self._find_diarizer = None if diarization is None else find_diarizer(diarization)
         if not capabilities.endpointing:
             self.vad = VadSettings(vad, threshold, energy_dbfs, speech_ms, hangover_ms)

@@ -119,6 +119,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def __init__(self, options: EngineOptions) -> None: ...
 
+    def check(self) -> None:  # noqa: B027  # an engine may have nothing to check
+        """See at the endpoint's start, for as long as that takes, whether what was given can be used; may block.
+
+        Raises:
+            SpeechError: It cannot; the message says what is wrong.
+        """
+
     async def start(self) -> None:  # noqa: B027 most have nothing to do
         """Load what must be loaded, off the event loop; once, before the first :meth:`open`.
 

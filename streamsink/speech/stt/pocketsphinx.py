@@ -7,9 +7,13 @@ keywords where you can.
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+from streamsink.child import asked_once
 from streamsink.errors import SpeechError
 from streamsink.speech.stt.pool import Answer, PooledEngine, existing
 from streamsink.speech.transcription import Capabilities, EngineOptions, Voice
@@ -22,6 +26,11 @@ TELEPHONE_MEAN = "44.3,29.9,-35.0,49.0,-16.4,-2.9,21.4,-34.5,13.9,-5.5,-5.7,15.6
 """The cepstral mean a call of 8 kHz begins with: that of speech sent through PCMU. The model's own is of 16 kHz."""
 WIDEBAND_MEAN = "52.8,-0.5,3.7,19.9,-6.1,7.2,-1.9,-9.5,-2.9,-5.1,7.1,-2.7,3.1"
 """Likewise for audio with more than 4 kHz of band."""
+
+_TRY = 20.0
+"""Seconds."""
+# `ERROR: "jsgf.c", line 899: Failed …`, whose place is in PocketSphinx' own source.
+_COMPLAINT = re.compile(r".*ERROR: \"[^\"]*\", line \d+: (.*\S)")
 
 
 class Pocketsphinx(PooledEngine):
@@ -50,6 +59,15 @@ class Pocketsphinx(PooledEngine):
             _check_keyword(keyword)
         return settings
 
+    def check(self) -> None:
+        """Have a process try the grammar or the keywords, once: what is wrong with them is told at the start.
+
+        Raises:
+            SpeechError: They cannot be used.
+        """
+        if self._options.grammar is not None or self._options.keywords:
+            _try(self._settings)
+
     def begin(self, voice: Voice) -> dict[str, Any]:
         """Begin with the cepstral mean of the track so far: decoders change from utterance to utterance."""
         mean = voice.memory.get("cepstral mean")
@@ -77,6 +95,25 @@ def _config(options: EngineOptions) -> dict[str, Any]:
             )
         config |= {"hmm": str(acoustic), "lm": str(language), "dict": str(dictionary)}
     return config
+
+
+@functools.cache
+def _try(settings: str) -> None:
+    """Load what a worker would.
+
+    Raises:
+        SpeechError: It cannot be loaded.
+    """
+    load = {"do": "load", "decoder": 0, "question": 0}
+    try:
+        answer, complaints = asked_once(Pocketsphinx.worker, settings, load, timeout=_TRY)
+    except (OSError, subprocess.SubprocessError):
+        # No verdict on what was given: the first call's worker has one.
+        return
+    if "error" in answer:
+        told = [found[1] for found in map(_COMPLAINT.match, complaints.splitlines()) if found is not None]
+        cause = "; ".join(told) or answer["error"]
+        raise SpeechError(f"pocketsphinx cannot use this grammar or these keywords: {cause}")
 
 
 def _check_keyword(keyword: str) -> None:

@@ -71,6 +71,7 @@ class PooledEngine(Engine):
         if options.url is not None:
             raise SpeechError(f"{self.name} works in this machine: drop `url`")
         self.language = options.language
+        self._options = options
         self.interim = options.interim and self.capabilities.interim
         self._settings = msgspec.json.encode(self.settings(options)).decode()
         self._workers = options.workers or max(1, len(os.sched_getaffinity(0)) - 1)
