@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import rooms_over_nats
+from benchmarks.pulses import PULSE, next_said, pulse
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec
 from streamsink.playback import Playback
@@ -28,7 +30,6 @@ from streamsink.wire import Writer
 
 SIZES = (2, 10, 50, 100)
 RATES = (8000, 16_000, 24_000)
-PULSE = 20_000
 SKEWS = (0.0, 2e-4, 2e-3)
 """By how much the listener's clock is slower; by the last one, more than any is, it slides through all phases."""
 
@@ -86,15 +87,6 @@ def cost_table(ticks: int) -> list[str]:
     return lines
 
 
-def pulse(rate: int, number: int) -> Samples:
-    """A frame; every twelfth has a short burst in its middle."""
-    frame = np.zeros(rate // 50, np.int16)
-    if number % 12 == 6:
-        at = len(frame) // 2
-        frame[at : at + rate // 1000] = PULSE
-    return frame
-
-
 def delays(rates: tuple[int, int], phases: tuple[float, float], seconds: float, skew: float = 0.0) -> list[float]:
     """Seconds by which each burst is heard late.
 
@@ -132,11 +124,6 @@ def delays(rates: tuple[int, int], phases: tuple[float, float], seconds: float, 
     return [at - next_said(said, at) for at in found]
 
 
-def next_said(said: list[float], heard: float) -> float:
-    """When what is heard at a time was said: the newest burst before it."""
-    return max(at for at in said if at <= heard)
-
-
 def delay_table(seconds: float) -> list[str]:
     """Mouth to ear in the first seconds and later, over pairs of rates and 100 pairs of phases."""
     lines = ["| from, to Hz | clock | first 2 s p50 ms | p99 | later p50 | p99 |", "|---|--:|--:|--:|--:|--:|"]
@@ -158,6 +145,7 @@ def run(out: Path, quick: bool = False) -> str:
     lines = ["## Mixing", "", " ".join((__doc__ or "").split()), ""]
     lines += cost_table(50 if quick else 1000)
     lines += ["", *delay_table(4 if quick else 12), ""]
+    lines += [*rooms_over_nats.table(5 if quick else 20, 4 if quick else 20), ""]
     return "\n".join(lines)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as report
-from benchmarks import bench_endpoint, bench_mixing, bench_path, bench_playout, bench_recording
+from benchmarks import bench_endpoint, bench_mixing, bench_path, bench_playout, bench_recording, rooms_over_nats
 from benchmarks.bench_endpoint import SERVERS, ServerFailed, carried, load, running, search
 from benchmarks.load import Result, Step, cpu_seconds, masked_frame, media_text, resident_bytes
 from streamsink.codec import CodecSpec
+from tests.nats_server import needs_nats
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the benchmarks read Linux's /proc")
 
@@ -157,6 +158,14 @@ def test_a_room_is_timed_and_its_delay_is_that_of_its_buffers() -> None:
     assert len(late) >= 20
     assert all(0.02 < each < 0.15 for each in late)
     assert late[-1] < late[0]
+
+
+@needs_nats
+def test_how_late_rooms_are_over_nats_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in rooms_over_nats.table(2, 3) if " ms" not in row and row.startswith(("| first", "| later"))]
+    assert [0.03 < float(row.split("|")[2]) / 1000 < 0.5 for row in rows] == [True, True]
+    monkeypatch.setattr(rooms_over_nats, "PROGRAM", None)
+    assert "not installed" in rooms_over_nats.table(2, 3)[0]
 
 
 async def test_a_codec_at_the_asked_rate_is_not_resampled() -> None:
