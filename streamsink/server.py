@@ -131,6 +131,8 @@ class Server:
         }
         # Whether a processor is no use without what speaks, and whether one may use it.
         self._must_speak = self._may_speak = False
+        # What those are told to speak with, who are no use without.
+        self._voices: set[str] = set()
         self.room_processors: dict[str, list[Plugin]] = {
             pattern: [find(spec) for spec in room.processors] for pattern, room in self.settings.rooms.items()
         }
@@ -139,6 +141,9 @@ class Server:
                 # Options that do not fit are told now, not by every stream.
                 says = plugin.build().says
                 self._must_speak |= says is True
+                voice = plugin.options.get("voice")
+                if says is True and isinstance(voice, str):
+                    self._voices.add(voice)
                 self._may_speak |= says is None and plugin.calls_say
         if self.settings.workers > 1 and self.settings.bus is None:
             _refuse_mix(self.pipelines)
@@ -280,6 +285,8 @@ class Server:
     async def _get_ready_to_speak(self, endpoint: Endpoint) -> None:
         try:
             await endpoint.synthesizer.open()
+            for voice in sorted(self._voices):
+                await endpoint.synthesizer.try_voice(voice)
         except SpeechError:
             await endpoint.synthesizer.close()
             if self._socket is not None:

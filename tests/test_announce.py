@@ -16,7 +16,7 @@ import soundfile
 
 from streamsink.audio import Samples
 from streamsink.config import SpeechSettings
-from streamsink.errors import ProcessorError
+from streamsink.errors import ProcessorError, SpeechError
 from streamsink.plugins import find
 from streamsink.processors.announce import Announce
 from streamsink.simulator import SimulateOptions, simulate
@@ -178,3 +178,10 @@ def sentences_heard(samples: Samples) -> str:
     decoder.process_raw(samples.tobytes(), full_utt=True)
     decoder.end_utt()
     return str(decoder.hyp().hypstr)
+
+
+@needs_espeak
+@pytest.mark.endpoint_loop
+async def test_a_voice_that_does_not_exist_is_told_when_the_server_starts(serve: Serve) -> None:
+    with pytest.raises(SpeechError, match="espeak has no voice 'nosuch'; wanted a language such as en-us"):
+        await serve(processors=["announce:say=hello,voice=nosuch"])

@@ -59,6 +59,15 @@ class ProcessSynthesizer(Synthesizer):
         self.check(None)
         await self._exchange("", self._voice)
 
+    async def try_voice(self, voice: str) -> None:
+        """Have the child load a voice.
+
+        Raises:
+            SpeechError: There is no such voice, or the child failed.
+        """
+        self.check(voice)
+        await self._exchange("", voice)
+
     async def speak(self, text: str, voice: str | None = None) -> AsyncGenerator[Spoken, None]:
         """Speak one sentence; what comes first comes when all of it is there.
 

@@ -57,6 +57,13 @@ class Synthesizer(ABC):
             SpeechError: The engine or its default voice cannot be had.
         """
 
+    async def try_voice(self, voice: str) -> None:  # noqa: B027  # an engine may know only when it speaks
+        """See whether there is a voice that a text will ask for, once :meth:`open` is over.
+
+        Raises:
+            SpeechError: There is none of that name.
+        """
+
     @abstractmethod
     def speak(self, text: str, voice: str | None = None) -> AsyncGenerator[Spoken, None]:
         """Speak one sentence. Closing the generator cancels it.
