@@ -9,9 +9,10 @@ import pytest
 from pydantic import SecretStr
 
 from streamsink import auth
-from streamsink.auth import Refusal, TokenBook, make_or_load_token
-from streamsink.config import Token
+from streamsink.auth import Refusal, TokenBook, make_or_load_token, webhook_secret
+from streamsink.config import Settings, Token
 from streamsink.errors import ConfigError
+from streamsink.server import access
 
 TOKENS = [
     Token(name=name, value=SecretStr(value)) for name, value in [("a", "hunter1"), ("b", "hunter22"), ("c", "h3")]
@@ -212,3 +213,16 @@ def test_a_garbled_token_file_is_refused(tmp_path: Path, content: bytes, found: 
         "delete the file to have a new one made"
     )
     assert path.read_bytes() == content
+
+
+def test_the_secret_of_webhooks_is_made_when_it_is_first_asked_for_and_kept(tmp_path: Path) -> None:
+    settings = Settings(state=tmp_path / "state")
+    access(settings)
+    path = tmp_path / "state" / "webhook-secret"
+    assert not path.exists()
+    secret = webhook_secret(settings)
+    assert webhook_secret(settings) == secret == path.read_text().strip()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    given = Settings(state=tmp_path / "other", webhook_secret=SecretStr("what-the-operator-chose"))
+    assert webhook_secret(given) == "what-the-operator-chose"
+    assert not (tmp_path / "other").exists()
