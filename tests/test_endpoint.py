@@ -578,8 +578,8 @@ class Marks(Digits):
     """Answers each frame with marks: those of five frames are more than what audio waits for."""
 
     def on_frame(self, frame: Frame) -> None:
-        for index in range(6):
-            self.stream.mark(f"{frame.sequence}-{index} {'m' * 10_000}")
+        for index in range(60):
+            self.stream.mark(f"{frame.sequence}-{index} ".ljust(1000, "m"))
 
 
 def shrink_socket_buffers(running: Running) -> None:
@@ -647,8 +647,8 @@ async def test_a_peer_that_reads_late_gets_all_of_it(serve: Serve) -> None:
         peer.send(media(chunk))
         await listener.until(lambda listener, chunk=chunk: len(listener.frames) == chunk)  # type: ignore[misc]
     peer.writer.transport.resume_reading()  # type: ignore[attr-defined]
-    marks = [(await peer.text())["mark"]["name"].split()[0] for _ in range(60)]
-    assert marks == [f"{sequence}-{index}" for sequence in range(2, 12) for index in range(6)]
+    marks = [(await peer.text())["mark"]["name"].split()[0] for _ in range(600)]
+    assert marks == [f"{sequence}-{index}" for sequence in range(2, 12) for index in range(60)]
     peer.send(STOP)
     assert await peer.close_code() == 1000
     await healthy.finish()
