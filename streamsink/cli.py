@@ -205,7 +205,9 @@ def simulate(
     name: Annotated[str | None, typer.Option(help="The stream's friendly name.")] = None,
     streams: Annotated[int, typer.Option(help="Streams at once.")] = 1,
     loop: Annotated[bool, typer.Option("--loop", help="Play the file again and again.")] = False,
-    seconds: Annotated[float | None, typer.Option(help="Length of the call. [the file's]")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of the call; a shorter file is played again. [the file's]")
+    ] = None,
     dtmf: Annotated[str, typer.Option(help="Digits to press, such as 12#.")] = "",
     lose: Annotated[float, typer.Option(metavar="P", help="Share of frames to skip.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Picks which frames are skipped.")] = 0,

@@ -247,6 +247,7 @@ async def test_a_room_may_be_named_after_the_path_or_in_the_settings(serve: Serv
         ({}, "mix wants one of room=NAME"),
         ({"room": "a", "room_path": True}, "mix wants one of room=NAME"),
         ({"room": "a", "gain_db": 21.0}, "gain_db is 21; wanted -100 to 20 dB"),
+        ({"room": "../../x"}, "wanted 1 to 64 letters"),
     ],
 )
 def test_options_that_do_not_fit_are_told(options: dict[str, object], message: str) -> None:

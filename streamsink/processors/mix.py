@@ -10,7 +10,7 @@ import structlog
 from streamsink.audio import Frame, Track
 from streamsink.errors import ProcessorError, RoomRefused, TalkBackOff
 from streamsink.processor import Processor
-from streamsink.room import Mode
+from streamsink.room import ROOM_NAME, Mode
 from streamsink.stream import Stream
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class Mix(Processor):
     ) -> None:
         if (room is not None) + (room_parameter is not None) + room_path != 1:
             raise ProcessorError("mix wants one of room=NAME, room_parameter=NAME and room_path=true")
+        if room is not None and not ROOM_NAME.fullmatch(room):
+            raise ProcessorError(
+                f"mix: room={room!a}; wanted 1 to 64 letters, digits and '_.-', a letter or a digit first"
+            )
         if not -100 <= gain_db <= 20:
             raise ProcessorError(f"mix: gain_db is {gain_db:g}; wanted -100 to 20 dB")
         self.speaks = mode != "speak"

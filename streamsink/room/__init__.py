@@ -1,6 +1,6 @@
 """Rooms: streams that hear each other."""
 
 from streamsink.room.mixer import Member, Mixer, Mode
-from streamsink.room.room import Room, Rooms
+from streamsink.room.room import ROOM_NAME, Room, Rooms
 
-__all__ = ["Member", "Mixer", "Mode", "Room", "Rooms"]
+__all__ = ["ROOM_NAME", "Member", "Mixer", "Mode", "Room", "Rooms"]

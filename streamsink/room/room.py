@@ -35,7 +35,7 @@ from streamsink.wire import Writer
 
 log = structlog.get_logger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+ROOM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class Shared(Protocol):
@@ -430,7 +430,7 @@ class Rooms(Collector):
         Raises:
             RoomRefused: The name cannot be one, or the room is full.
         """
-        if not _NAME.fullmatch(name):
+        if not ROOM_NAME.fullmatch(name):
             raise RoomRefused("a room's name is 1 to 64 letters, digits and '_.-', a letter or a digit first")
         room = self._open.get(name)
         if room is None:
