@@ -68,6 +68,11 @@ async def _paced(streams: int, seconds: float, feed: Any) -> Late:
     def others() -> float:
         return time.process_time() - time.thread_time()
 
+    before = others()
+    began = loop.time()
+    due = began + 0.005
+    timer: asyncio.TimerHandle
+
     def tick() -> None:
         nonlocal due, timer, before
         behind, now = max(0.0, loop.time() - due), others()
@@ -77,9 +82,6 @@ async def _paced(streams: int, seconds: float, feed: Any) -> Late:
         due += 0.005
         timer = loop.call_at(due, tick)
 
-    before = others()
-    began = loop.time()
-    due = began + 0.005
     timer = loop.call_at(due, tick)
     slots = 10
     for slot in range(round(seconds / PTIME) * slots):

@@ -58,7 +58,13 @@ def pids(process: Process) -> list[int]:
     """The workers' process ids: the supervisor's children that are sessions of their own."""
     pid = process.process.pid
     children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [child for child in children if os.getsid(child) == child]
+    found = []
+    for child in children:
+        # One that died may be gone by now.
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(child) == child:
+                found.append(child)
+    return found
 
 
 def alive(pid: int) -> bool:
