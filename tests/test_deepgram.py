@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
 import pytest
 
-from streamsink.audio import Frame, Samples, Track
+from streamsink.audio import Frame, Track
 from streamsink.errors import SpeechError
 from streamsink.speech.events import EngineError, SpeechEnded, SpeechStarted, Transcript
 from streamsink.speech.stt import link
@@ -22,7 +21,7 @@ from streamsink.speech.stt.deepgram import Live
 from streamsink.speech.stt.link import LinkRecognition
 from streamsink.speech.transcriber import Transcriber
 from streamsink.speech.transcription import Encoding, EngineOptions, Event, Voice, find_engine
-from tests.vendors import DeepgramServer, encoded, listening, say, silence
+from tests.vendors import DeepgramServer, encoded, listening, push, say, silence, told
 
 KEY = "dg-secret-key"
 
@@ -52,19 +51,6 @@ async def recognition(
     finally:
         await opened.close()
         await engine.close()
-
-
-def push(opened: LinkRecognition, *parts: Samples) -> None:
-    """Frames of 20 ms, as they come on a stream."""
-    audio = encoded(np.concatenate(parts), opened.voice.encoding)
-    size = opened.voice.octets_per_second // 50
-    for start in range(0, len(audio), size):
-        opened.push(audio[start : start + size])
-
-
-async def told(opened: LinkRecognition) -> list[Event]:
-    opened.finish()
-    return [event async for event in opened]
 
 
 def finals(events: list[Event]) -> list[Transcript]:

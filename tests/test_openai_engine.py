@@ -9,16 +9,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from streamsink.audio import Samples
 from streamsink.errors import SpeechError
 from streamsink.speech.events import EngineError, SpeechEnded, SpeechStarted, Transcript
 from streamsink.speech.stt.link import LinkRecognition
 from streamsink.speech.stt.openai import Turns
 from streamsink.speech.transcription import Encoding, EngineOptions, Event, Voice, find_engine
-from tests.vendors import OpenAIServer, encoded, listening, say, silence
+from tests.vendors import OpenAIServer, listening, push, say, silence, told
 
 KEY = "sk-secret-key"
 LIVE = "gpt-live-transcribe"
@@ -49,19 +47,6 @@ async def recognition(
     finally:
         await opened.close()
         await engine.close()
-
-
-def push(opened: LinkRecognition, *parts: Samples) -> None:
-    """Frames of 20 ms, as they come on a stream."""
-    audio = encoded(np.concatenate(parts), opened.voice.encoding)
-    size = opened.voice.octets_per_second // 50
-    for start in range(0, len(audio), size):
-        opened.push(audio[start : start + size])
-
-
-async def told(opened: LinkRecognition) -> list[Event]:
-    opened.finish()
-    return [event async for event in opened]
 
 
 async def heard(vendor: OpenAIServer, opened: LinkRecognition) -> None:
@@ -242,13 +227,13 @@ def test_what_is_of_no_turn_is_passed_over() -> None:
     turns = Turns(EngineOptions(), "gpt-transcribe", Voice("mulaw", 8000, 8000), "ws://localhost", KEY)
     turns.open()
     transcription = "conversation.item.input_audio_transcription"
-    for told in (
+    for early in (
         {"type": "input_audio_buffer.speech_stopped", "item_id": "x", "audio_end_ms": 5},
         {"type": "input_audio_buffer.committed", "item_id": "x"},
         {"type": f"{transcription}.completed", "item_id": "x", "transcript": "one"},
         {"type": "rate_limits.updated", "rate_limits": []},
     ):
-        assert list(turns.received(json.dumps(told))) == []
+        assert list(turns.received(json.dumps(early))) == []
     started = {"type": "input_audio_buffer.speech_started", "item_id": "y", "audio_start_ms": 0}
     assert list(turns.received(json.dumps(started))) == [SpeechStarted(0, 0.0)]
     more: tuple[dict[str, str | None], ...] = (

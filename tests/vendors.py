@@ -23,6 +23,8 @@ from websockets.http11 import Request, Response
 
 from streamsink.audio import Samples
 from streamsink.codec import CodecSpec
+from streamsink.speech.stt.link import LinkRecognition
+from streamsink.speech.transcription import Event
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 WORD_SECONDS, GAP_SECONDS = 0.2, 0.1
@@ -404,3 +406,16 @@ class OpenAIServer(Vendor):
         usage = {"type": "duration", "seconds": 1.0}
         completed = {"item_id": item, "content_index": 0, "transcript": text, "usage": usage}
         await self.tell(connection, self.event(f"{_TRANSCRIPTION}.completed", **completed))
+
+
+def push(opened: LinkRecognition, *parts: Samples) -> None:
+    """Frames of 20 ms, as they come on a stream."""
+    audio = encoded(np.concatenate(parts), opened.voice.encoding)
+    size = opened.voice.octets_per_second // 50
+    for start in range(0, len(audio), size):
+        opened.push(audio[start : start + size])
+
+
+async def told(opened: LinkRecognition) -> list[Event]:
+    opened.finish()
+    return [event async for event in opened]
