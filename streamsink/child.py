@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import msgspec
 
@@ -66,8 +66,7 @@ class Child:
         """
         assert self._process is not None
         assert self._process.stdin is not None
-        octets = _encode(message)
-        self._process.stdin.write(_LENGTH.pack(len(octets)) + octets)
+        self._process.stdin.write(_framed(message))
 
     async def receive(self) -> Any:
         """Wait for the child's next message; for one task at a time.
@@ -104,6 +103,66 @@ class Child:
                 self._process.kill()
 
 
+class BlockingChild:
+    """The same for threads: every call blocks. For one thread at a time, but for :meth:`kill`.
+
+    Args:
+        module: Run as ``python -m module``; it calls :func:`answer`.
+        arguments: Its ``sys.argv[1:]``.
+
+    Raises:
+        OSError: There is no room for a process.
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.module = module
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input = self._process.stdin
+        self._messages = _messages(self._process.stdout)
+        self.pid = self._process.pid
+
+    def send(self, message: object) -> None:
+        """Send a message. Nothing happens when the child is dead: :meth:`receive` tells."""
+        with contextlib.suppress(BrokenPipeError):
+            self._input.write(_framed(message))
+            self._input.flush()
+
+    def receive(self) -> Any:
+        """Wait for the child's next message.
+
+        Raises:
+            ChildDied: The process has ended.
+        """
+        try:
+            return next(self._messages)
+        except StopIteration:
+            status = self._process.wait()
+            raise ChildDied(f"the process of {self.module} ended with status {status}") from None
+
+    def close(self, patience: float = 1.0) -> None:
+        """End the process: it is told to, and after ``patience`` seconds made to."""
+        with contextlib.suppress(BrokenPipeError):
+            self._input.close()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does; for any thread."""
+        self._process.kill()
+
+
 def asked_once(module: str, argument: str, message: object, timeout: float) -> tuple[Any, str]:
     """Start a child, send it one message and wait for its end; blocks.
 
@@ -114,11 +173,8 @@ def asked_once(module: str, argument: str, message: object, timeout: float) -> t
         OSError: There is no room for a process.
         subprocess.SubprocessError: It gave no answer, or took longer than ``timeout`` seconds.
     """
-    octets = _encode(message)
     command = [sys.executable, "-m", module, argument]
-    done = subprocess.run(
-        command, input=_LENGTH.pack(len(octets)) + octets, capture_output=True, timeout=timeout, check=False
-    )
+    done = subprocess.run(command, input=_framed(message), capture_output=True, timeout=timeout, check=False)
     if len(done.stdout) < _LENGTH.size:
         raise subprocess.SubprocessError(f"the process of {module} ended with status {done.returncode}")
     (length,) = _LENGTH.unpack_from(done.stdout)
@@ -137,16 +193,20 @@ def answer(reply: Callable[[Any], Iterable[object]]) -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         for message in _messages(sys.stdin.buffer):
             for item in reply(message):
-                octets = _encode(item)
                 try:
-                    answers.write(_LENGTH.pack(len(octets)) + octets)
+                    answers.write(_framed(item))
                     answers.flush()
                 except BrokenPipeError:
                     # Nobody is there to read it; closing must not try again.
                     os._exit(0)
 
 
-def _messages(source: BinaryIO) -> Iterator[Any]:
+def _framed(message: object) -> bytes:
+    octets = _encode(message)
+    return _LENGTH.pack(len(octets)) + octets
+
+
+def _messages(source: IO[bytes]) -> Iterator[Any]:
     while len(head := source.read(_LENGTH.size)) == _LENGTH.size:
         (length,) = _LENGTH.unpack(head)
         octets = source.read(length)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streamsink.child import Child
+from streamsink.child import BlockingChild, Child
 from streamsink.errors import ChildDied
 
 CHILD = """
@@ -104,3 +104,29 @@ async def test_it_does_not_outlive_the_endpoint(module: str) -> None:
     owner.kill()
     await owner.wait()
     await asyncio.to_thread(wait_for_the_end_of, pid)
+
+
+def test_a_thread_s_child_answers_any_number_of_times(module: str) -> None:
+    child = BlockingChild(module)
+    assert os.getsid(child.pid) == child.pid
+    child.send({"pcm": b"\0" * 100_000, "times": 2})
+    child.send({"pcm": b"x", "times": 1})
+    assert [child.receive() for _ in range(3)] == [[b"\0" * 100_000, 0], [b"\0" * 100_000, 1], [b"x", 0]]
+    child.close()
+    child.kill()
+
+
+def test_the_death_of_a_thread_s_child_is_told(module: str) -> None:
+    child = BlockingChild(module)
+    child.send("die")
+    with pytest.raises(ChildDied, match="a_child ended with status 3"):
+        child.receive()
+    child.send({"pcm": b"\0" * 1_000_000, "times": 0})
+    child.close()
+
+
+def test_a_thread_s_child_that_hangs_is_made_to_end(module: str) -> None:
+    child = BlockingChild(module)
+    child.send("hang")
+    child.close(patience=0.0)
+    wait_for_the_end_of(child.pid)
