@@ -61,6 +61,10 @@ class ChildDied(StreamsinkError):
     """A process that works for the endpoint has ended."""
 
 
+class NotEncoded(StreamsinkError):
+    """A recording cannot be made in the format that was asked for."""
+
+
 class StreamClosed(StreamsinkError):
     """The stream has ended; nothing more can be sent on it."""
 

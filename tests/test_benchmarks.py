@@ -199,11 +199,12 @@ def test_lateness_is_counted_from_the_first_frame_and_the_lead() -> None:
 
 @pytest.mark.parametrize("way", ["record", "inline"])
 def test_recording_is_measured(way: str) -> None:
-    measured = bench_recording.measure(way, "flac", streams=3, seconds=0.2)
+    measured = bench_recording.measure(way, "flac", streams=3, seconds=0.5)
     assert measured.cpu > 0
-    assert 0 <= measured.stall_p999 <= measured.stall_max
-    assert 0 <= measured.own_p999 <= measured.own_max <= measured.stall_max
-    assert 0 <= measured.idle_p999 <= measured.idle_max
+    assert 0 < measured.stall_p999 <= measured.stall_max
+    assert 0 < measured.idle_p999 <= measured.idle_max
+    # One call has taken the first one's place.
+    assert measured.recorded == 4
 
 
 def test_kills_are_counted() -> None:

@@ -37,6 +37,7 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # What whoever writes a processor may build on; `stem` is where Stream.stem's names come from.
 FOR_PLUGINS = {
     "audio",
+    "child",
     "codec",
     "delivery",
     "disk",

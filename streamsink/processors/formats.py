@@ -1,24 +1,26 @@
 """What a finished recording may be, and how it is made of the WAV file that was live: a block at a time, checked.
 
-libsndfile does the work, without the GIL. What it wrote is read back before anybody may rely on it: its writers do not
+libsndfile does the work. What it wrote is read back before anybody may rely on it: its writers do not
 complain when a disk runs full.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import msgspec
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
 from streamsink.codec import Resampler
 from streamsink.processors.files import create
-from streamsink.processors.wav import WavPart
+from streamsink.processors.wav import WavFile, digest, view
 
 FormatName = Literal["wav", "flac", "ogg", "opus", "mp3"]
 
@@ -53,6 +55,52 @@ _FORMATS = {
 assert tuple(_FORMATS) == get_args(FormatName)
 
 
+class Source(msgspec.Struct):
+    """A live WAV file, settled.
+
+    Attributes:
+        path: Where it is.
+        sample_rate: Hz.
+        channels: 1 or more.
+        frames: Samples a channel.
+    """
+
+    path: str
+    sample_rate: int
+    channels: int
+    frames: int
+
+
+class Order(msgspec.Struct):
+    """What to make of a segment.
+
+    Attributes:
+        sources: What it was recorded in, all equally long.
+        parts: For each of them, what the file made of it is called for now.
+        format: What they are to be.
+        sample_rate: Hz, of the files made.
+        trim: Whether silence is cut off the beginning, and whether off the end; None for neither.
+    """
+
+    sources: list[Source]
+    parts: list[str]
+    format: str
+    sample_rate: int
+    trim: tuple[bool, bool] | None = None
+
+
+class Made(msgspec.Struct):
+    """What was made.
+
+    Attributes:
+        span: From which sample of the sources to which.
+        sha256: Of each file, in hex.
+    """
+
+    span: tuple[int, int]
+    sha256: list[str]
+
+
 def check_rate(name: FormatName, rate: int) -> None:
     """Check that a format can have a rate.
 
@@ -69,7 +117,7 @@ def rate_of(name: FormatName, asked: int | None, native: int) -> int:
     return asked or _FORMATS[name].rate or native
 
 
-def loud_part(wav: WavPart, *, head: bool, tail: bool) -> tuple[int, int]:
+def loud_part(wav: WavFile, *, head: bool, tail: bool) -> tuple[int, int]:
     """Find where a recording begins and ends without the silence at its ends, in samples; all of it if it is silent.
 
     Args:
@@ -92,58 +140,67 @@ def loud_part(wav: WavPart, *, head: bool, tail: bool) -> tuple[int, int]:
     )
 
 
-@contextlib.contextmanager
-def encode(
-    wav: WavPart, part: Path, name: str, rate: int, span: tuple[int, int], moved: Callable[[], None]
-) -> Iterator[int]:
-    """Make a file of another format; what the context gives is its descriptor, right and on the disk for good.
+def make(order: Order) -> Iterator[Made | None]:
+    """Make the files that are asked for; they are right and on the disk for good when it yields what it made.
 
-    What an earlier attempt left under that name is deleted; so is what this one made when it fails.
-
-    Args:
-        wav: What is recorded; nobody else may use it meanwhile.
-        part: The file's name for now.
-        name: Its format.
-        rate: Hz.
-        span: From which sample of the WAV to which.
-        moved: Called after each block.
+    Yields None after each step before that. When it fails, what it made is left to whoever ordered it.
 
     Raises:
+        FileExistsError: One of them is there already.
         OSError: The disk is full or broken.
         soundfile.SoundFileError: libsndfile cannot write it.
     """
-    part.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        wavs = []
+        for source in order.sources:
+            wavs.append(view(Path(source.path), source.sample_rate, source.channels, source.frames))
+            stack.callback(wavs[-1].close)
+        span = 0, wavs[0].frames
+        if order.trim is not None:
+            head, tail = order.trim
+            spans = [loud_part(wav, head=head, tail=tail) for wav in wavs]
+            span = min(first for first, _ in spans), max(last for _, last in spans)
+        made = Made(span, [])
+        for wav, part in zip(wavs, order.parts, strict=True):
+            sha256 = ""
+            for step in _encode(wav, Path(part), _FORMATS[order.format], order.sample_rate, span):
+                sha256 = step or sha256
+                yield None
+            made.sha256.append(sha256)
+    yield made
+
+
+def _encode(wav: WavFile, part: Path, form: _Format, rate: int, span: tuple[int, int]) -> Iterator[str | None]:
+    """Make one file a step at a time; the last thing it yields is the file's SHA-256, in hex."""
     fd = create(part)
     try:
-        form = _FORMATS[name]
+        wanted = 0
         with soundfile.SoundFile(
             fd, "w", rate, wav.channels, form.subtype, format=form.container, closefd=False
         ) as file:
-            wanted = 0
             for block in _resampled(wav, rate, span):
                 # Not int16 where it can be helped: libsndfile 1.2.2 garbles that in stereo MP3.
-                _write(file, block if form.lossless else block.astype(np.float32) / np.float32(32_768), part)
+                _write(file, fd, block if form.lossless else block.astype(np.float32) / np.float32(32_768))
                 wanted += len(block)
-                moved()
+                yield None
         os.fsync(fd)
-        _check(fd, part, wav, form, rate, span, wanted, moved)
-        yield fd
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        yield from _check(fd, wav, form, rate, span, wanted)
+        yield from digest(fd)
     finally:
         os.close(fd)
 
 
-def _write(file: soundfile.SoundFile, block: NDArray[np.int16] | NDArray[np.float32], part: Path) -> None:
+def _write(file: soundfile.SoundFile, fd: int, block: NDArray[np.int16] | NDArray[np.float32]) -> None:
     try:
         file.write(block)
-    except AssertionError:
-        # soundfile's way of saying that fewer were written than it was given.
-        raise OSError(f"{part}: the disk took only a part of it") from None
+    except (AssertionError, soundfile.LibsndfileError):
+        # What soundfile says when fewer were written than it was given, and libsndfile when none were: neither knows
+        # why, the disk does.
+        os.write(fd, bytes(4096))
+        raise OSError(errno.EIO, "the disk took only a part of it") from None
 
 
-def _resampled(wav: WavPart, rate: int, span: tuple[int, int]) -> Iterator[NDArray[np.int16]]:
+def _resampled(wav: WavFile, rate: int, span: tuple[int, int]) -> Iterator[NDArray[np.int16]]:
     """The recording in blocks of shape ``(n, channels)``, exactly as long at the new rate as it should be."""
     first, last = span
     blocks = (wav.read(start, min(BLOCK, last - start)) for start in range(first, last, BLOCK))
@@ -163,15 +220,13 @@ def _resampled(wav: WavPart, rate: int, span: tuple[int, int]) -> Iterator[NDArr
 
 def _check(
     fd: int,
-    part: Path,
-    wav: WavPart,
+    wav: WavFile,
     form: _Format,
     rate: int,
     span: tuple[int, int],
     wanted: int,
-    moved: Callable[[], None],
-) -> None:
-    """Read a file back: its rate, its channels, every sample of it, and where nothing may differ, that nothing does.
+) -> Iterator[None]:
+    """Read a file back, a block a step: rate, channels, every sample, and where nothing may differ, that nothing does.
 
     Raises:
         OSError: It is not what was to be written.
@@ -185,6 +240,6 @@ def _check(
             there += len(block)
             if source is not None and rate == wav.sample_rate:
                 right = np.array_equal(block, next(source))
-            moved()
+            yield None
     if not right or there != wanted:
-        raise OSError(f"{part}: what was written cannot be read back")
+        raise OSError(errno.EIO, "what was written cannot be read back")

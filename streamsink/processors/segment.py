@@ -21,11 +21,12 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from streamsink.processors import encoder
 from streamsink.processors import sidecar as sidecars
 from streamsink.processors.files import give_name, sync_folder
-from streamsink.processors.formats import encode, loud_part
+from streamsink.processors.formats import Order, Source
 from streamsink.processors.sidecar import Gap, Pause, Sidecar, Trimmed
-from streamsink.processors.wav import WavPart, digest
+from streamsink.processors.wav import WavPart
 from streamsink.processors.writer import Job, failures, writer
 
 log = structlog.get_logger(__name__)
@@ -54,10 +55,9 @@ class Segment:
 
     Attributes:
         expected: Told when the files have their names.
-        made: The finished audio files, once they are.
     """
 
-    __slots__ = ("_lock", "end", "expected", "folder", "log", "made", "sidecar", "start", "stem", "wavs")
+    __slots__ = ("_lock", "end", "expected", "folder", "log", "sidecar", "start", "stem", "wavs")
 
     def __init__(
         self, folder: Path, stem: str, sidecar: Sidecar, wavs: Sequence[WavPart], start: int, end: int | None
@@ -69,7 +69,6 @@ class Segment:
         self.start = start
         self.end = end
         self.expected: Expected | None = None
-        self.made: list[Path] = []
         self.log = log
         self._lock = threading.Lock()
 
@@ -137,43 +136,39 @@ class Segment:
     def _make(self) -> None:
         """Encode, then name; where that cannot be done the WAV is kept as it is."""
         settled = msgspec.structs.replace(self.sidecar)
+        files = self.sidecar.files
+        ending = self.sidecar.format if self.sidecar.format != "wav" else "trim"
+        parts = [os.path.abspath(_renamed(wav.path, f"{ending}.part")) for wav in self.wavs]
         try:
-            span = self._span()
-            files = self.sidecar.files
-            for wav, file in zip(self.wavs, files, strict=True):
-                name = _renamed(wav.path, self.sidecar.format)
-                ending = self.sidecar.format if self.sidecar.format != "wav" else "trim"
-                part = _renamed(wav.path, f"{ending}.part")
-                with encode(wav, part, self.sidecar.format, self.sidecar.sample_rate, span, writer.moved) as fd:
-                    file.name, file.sha256 = name.name, _last(digest(fd))
-                    self.made.append(part)
-            self._cut(span)
+            made = encoder.make(self._order(parts), writer.moved)
+            for wav, file, sha256 in zip(self.wavs, files, made.sha256, strict=True):
+                file.name, file.sha256 = _renamed(wav.path, self.sidecar.format).name, sha256
+            self._cut(made.span)
             self.sidecar.sha256 = files[0].sha256
             sidecars.write(self.part, self.sidecar, final=True)
         except Exception as error:
-            for made in self.made:
-                with contextlib.suppress(OSError):
-                    made.unlink(missing_ok=True)
-            self.made = []
+            with contextlib.suppress(OSError):
+                encoder.discard(parts)
             self.sidecar = settled
             self._note(error)
             self._name_wavs()
             return
         with self._failing():
-            parts, self.made = self.made, [self.folder / file.name for file in files]
-            for part, path in zip(parts, self.made, strict=True):
-                give_name(part, path)
+            for part, file in zip(parts, files, strict=True):
+                give_name(Path(part), self.folder / file.name)
             self._name_sidecar()
             for wav in self.wavs:
                 wav.part.unlink(missing_ok=True)
         self._over()
 
-    def _span(self) -> tuple[int, int]:
-        """What of the live files is kept, in samples."""
-        if not self.sidecar.trim:
-            return 0, self.frames
-        spans = [loud_part(wav, head=self.sidecar.segment == 1, tail=self.end is None) for wav in self.wavs]
-        return min(first for first, _ in spans), max(last for _, last in spans)
+    def _order(self, parts: list[str]) -> Order:
+        return Order(
+            sources=[Source(os.path.abspath(wav.part), wav.sample_rate, wav.channels, wav.frames) for wav in self.wavs],
+            parts=parts,
+            format=self.sidecar.format,
+            sample_rate=self.sidecar.sample_rate,
+            trim=(self.sidecar.segment == 1, self.end is None) if self.sidecar.trim else None,
+        )
 
     def _cut(self, span: tuple[int, int]) -> None:
         if not self.sidecar.trim:
@@ -204,7 +199,6 @@ class Segment:
             sidecars.write(self.part, self.sidecar, final=True)
             for wav in self.wavs:
                 give_name(wav.part, wav.path)
-                self.made.append(wav.path)
             self._name_sidecar()
         self._over()
 

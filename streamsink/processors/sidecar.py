@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from streamsink.processors.files import give_way
 from streamsink.stream import Attendance
 
 _ROOM = 4096
@@ -106,6 +107,7 @@ def write(path: Path, sidecar: Sidecar, *, final: bool) -> None:
     text = msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n"
     if not final:
         text = text.ljust(_ROOM)
+    give_way()
     # Over what is there, not truncated first: on a full disk the room it has is all the room there is.
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:

@@ -22,6 +22,8 @@ import structlog
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from streamsink.processors.files import give_way
+
 log = structlog.get_logger(__name__)
 
 FLUSH_INTERVAL = 0.5
@@ -30,8 +32,6 @@ FINISHERS = 8
 """Recordings finished at once: disks take many fsyncs in the time of one."""
 ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 """Recordings encoded at once."""
-NICENESS = 10
-"""Encoding waits for whatever else wants the processor."""
 STALLED = 10.0
 """Seconds without any progress after which an exiting process takes the disk for hung."""
 ENCODING_AT_EXIT = 10.0
@@ -147,6 +147,7 @@ class Writer:
             if self._next > now:
                 return
             live = self._live.popleft()
+            give_way()
             if live.flush():
                 self._live.append(live)
                 # One that is over costs no time, or those that are left would wait for theirs.
@@ -159,14 +160,12 @@ class Writer:
             self._run(*self._finishing.get(), 1)
 
     def _encode(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            # Linux gives each thread its own.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while True:
             self._run(*self._encoding.get(), 2)
 
     def _run(self, job: Job, future: Future[None], kind: int) -> None:
         rest = None
+        give_way()
         try:
             rest = job()
         except BaseException as error:
