@@ -1,26 +1,36 @@
-"""What recording costs: streams in one process at 50 frames a second each, written by `record`, and inline on the loop.
+"""What recording costs: streams in one process at 50 frames a second each, by `record`, and inline on the loop.
 
-For each format streams are recorded for a while, PCMU frames of 20 ms handed over by the event loop; beside them the
-same with soundfile writing each frame on the loop. CPU is the process's, encoding at the end and all, and with it the
-number of streams that one core can record without end. Stall is how late a timer of 5 ms fires while recording; beside
-it that of the same loop without recording, for a timer is late by up to 1 ms by itself and more on a shared machine,
-and the part that is recording's own: no more than what the process's other threads computed since the last time.
+For each format streams are recorded for a while, PCMU frames of 20 ms handed over by the event loop, while calls end
+and others begin, each on average a minute long; beside them the same with soundfile writing each frame on the loop. CPU
+is the process's and that of those it has started, encoding and all: with it goes the number of streams that one core
+can record without end.
+
+Stall is how long the event loop, the one the endpoint runs on, takes to come to what has happened: another process
+writes the time to a pipe, at random moments about 2 ms apart, and the loop tells how old it is when it reads it. Beside
+it that of the same loop, in the same process, just before, while it hands over frames that nobody records: what the
+machine and handing over cost. All on one core, and whoever writes the time on another.
+
 Then processes that record are killed, repaired, and what they had been given is compared with what is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,13 +38,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 
+from benchmarks.load import cpu_seconds
 from streamsink import log
-from streamsink.loop import SWITCH_INTERVAL
+from streamsink.audio import Frame, Samples, Track
+from streamsink.codec import CodecSpec
+from streamsink.disk import DiskSpace
+from streamsink.loop import SWITCH_INTERVAL, new_event_loop
+from streamsink.processors.record import Record
+from streamsink.processors.repair import JUST_MADE, repair
+from streamsink.stem import reserve
 
 STREAMS = 300
 PTIME = 0.02
+CALL = 60.0
+"""Seconds after which, on average, one call has taken another's place."""
 FORMATS = ("wav", "flac", "opus")
 INLINE = {"wav": ("WAV", "PCM_16", 8000), "flac": ("FLAC", "PCM_16", 8000), "opus": ("OGG", "OPUS", 8000)}
+IDLE = 6.0
+"""Seconds for which the loop without recording is measured."""
+_WARM = 0.5
+"""Seconds before what is measured."""
+_TIME = struct.Struct("<d")
 
 
 class Measured(NamedTuple):
@@ -45,72 +69,55 @@ class Measured(NamedTuple):
     stall_p999: float
     """Seconds."""
     stall_max: float
-    own_p999: float
-    """Of the stall, what the process's other threads account for."""
-    own_max: float
     idle_p999: float
     """The stall of the loop that only hands over frames, in the same process."""
     idle_max: float
+    recorded: int
+    """Files that were made, in which all is that was to be."""
 
 
-class Late(NamedTuple):
-    """How late a timer was, each time, and what of it other threads of the process account for; seconds."""
+class _Way(ABC):
+    """Records streams somehow."""
 
-    all: list[float]
-    own: list[float]
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
 
+    @abstractmethod
+    async def begin(self, number: int) -> Any:
+        """A stream begins; returns what stands for it."""
 
-async def _paced(streams: int, seconds: float, feed: Any) -> Late:
-    """Call ``feed(stream, step)`` for each stream each 20 ms, spread evenly; returns how late the loop was."""
-    loop = asyncio.get_running_loop()
-    late = Late([], [])
+    @abstractmethod
+    def frame(self, stream: Any, samples: Samples, step: int) -> None:
+        """20 ms of it have come."""
 
-    def others() -> float:
-        return time.process_time() - time.thread_time()
+    @abstractmethod
+    async def end(self, stream: Any) -> None:
+        """It ends."""
 
-    before = others()
-    began = loop.time()
-    due = began + 0.005
-    timer: asyncio.TimerHandle
+    def rest(self) -> float:
+        """Wait until all is done that need not be done by then; returns the CPU seconds of other processes."""
+        return 0.0
 
-    def tick() -> None:
-        nonlocal due, timer, before
-        behind, now = max(0.0, loop.time() - due), others()
-        late.all.append(behind)
-        late.own.append(min(behind, now - before))
-        before = now
-        due += 0.005
-        timer = loop.call_at(due, tick)
-
-    timer = loop.call_at(due, tick)
-    slots = 10
-    for slot in range(round(seconds / PTIME) * slots):
-        await asyncio.sleep(max(0.0, began + slot * PTIME / slots - loop.time()))
-        for stream in range(slot % slots, streams, slots):
-            feed(stream, slot // slots)
-    timer.cancel()
-    return late
+    @abstractmethod
+    def whole(self) -> int:
+        """How many files are as they should be."""
 
 
-def _samples() -> np.ndarray[Any, Any]:
-    noise = np.random.default_rng(1).normal(0, 1500, 8000)
-    return noise.astype(np.int16)
+class _Stream(SimpleNamespace):
+    """What `record` sees of a stream."""
+
+    @property
+    def stem(self) -> str:
+        return reserve(self.recordings, self.started_at, self.sid)
 
 
-async def _record(name: str, streams: int, seconds: float, folder: Path) -> Late:
-    from datetime import UTC, datetime
+class _Recorded(_Way):
+    """By `record`, as the endpoint does."""
 
-    from streamsink.audio import Frame, Track
-    from streamsink.codec import CodecSpec
-    from streamsink.disk import DiskSpace
-    from streamsink.processors.record import Record
-    from streamsink.stem import reserve
-
-    samples = _samples()
-    processors = []
-    for number in range(streams):
-        stem = reserve(folder, datetime.now(UTC), f"s{number}")
-        stream: Any = SimpleNamespace(
+    async def begin(self, number: int) -> Record:
+        processor = Record(format=self.name)  # type: ignore[arg-type]
+        stream: Any = _Stream(
             sid=str(number),
             call_sid=None,
             account_sid=None,
@@ -118,9 +125,8 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> Late
             codec=CodecSpec.parse("PCMU"),
             tracks=(Track.INBOUND,),
             may_speak=False,
-            recordings=folder,
+            recordings=self.folder,
             processors=["record"],
-            stem=stem,
             custom_parameters={},
             started_at=datetime.now(UTC),
             close_code=1000,
@@ -128,47 +134,152 @@ async def _record(name: str, streams: int, seconds: float, folder: Path) -> Late
             members=(),
             disk=DiskSpace(0),
         )
-        processor = Record(format=name)  # type: ignore[arg-type]
         await processor.on_start(stream)
-        processors.append(processor)
+        return processor
 
-    def feed(stream: int, step: int) -> None:
-        at = step * 160 % 7840
-        piece = samples[at : at + 160].copy()
-        processors[stream].on_frame(Frame(piece, 8000, Track.INBOUND, step * 160, 0, step))
+    def frame(self, stream: Record, samples: Samples, step: int) -> None:
+        stream.on_frame(Frame(samples, 8000, Track.INBOUND, step * 160, 0, step))
 
-    late = await _paced(streams, seconds, feed)
-    await asyncio.gather(*(processor.on_stop("stop") for processor in processors))
-    return late
+    async def end(self, stream: Record) -> None:
+        await stream.on_stop("stop")
+
+    def rest(self) -> float:
+        while list(self.folder.glob("*.part")):
+            # Encoding goes on.
+            time.sleep(0.05)
+        return sum(cpu_seconds(int(pid)) for pid in _children())
+
+    def whole(self) -> int:
+        sidecars = [json.loads(path.read_text()) for path in self.folder.glob("*.json")]
+        return sum(sidecar["complete"] and sidecar["format"] == self.name for sidecar in sidecars)
 
 
-async def _inline(name: str, streams: int, seconds: float, folder: Path) -> Late:
-    container, subtype, rate = INLINE[name]
+class _Inline(_Way):
+    """By soundfile, on the event loop."""
+
+    async def begin(self, number: int) -> soundfile.SoundFile:
+        container, subtype, rate = INLINE[self.name]
+        return soundfile.SoundFile(self.folder / f"{number}.x", "w", rate, 1, subtype, format=container)
+
+    def frame(self, stream: soundfile.SoundFile, samples: Samples, step: int) -> None:
+        stream.write(samples)
+
+    async def end(self, stream: soundfile.SoundFile) -> None:
+        stream.close()
+
+    def whole(self) -> int:
+        return sum(soundfile.info(path).frames > 0 for path in self.folder.iterdir())
+
+
+WAYS: dict[str, type[_Way]] = {"record": _Recorded, "inline": _Inline}
+
+
+def _children() -> list[str]:
+    return [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+
+
+@contextlib.contextmanager
+def _listening(stalls: list[float]) -> Iterator[None]:
+    """Have the running loop read the times that come over standard input, and note how old they are."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        now = time.monotonic()
+        stalls.extend(now - told for (told,) in _TIME.iter_unpack(os.read(0, 4096)))
+
+    loop.add_reader(0, read)
+    try:
+        yield
+    finally:
+        loop.remove_reader(0)
+
+
+def _tell() -> None:
+    """Write the time again and again, until nobody reads it."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rng = random.Random(1)
+    due = time.monotonic()
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            due = max(due + rng.uniform(0.001, 0.003), time.monotonic())
+            time.sleep(max(0.0, due - time.monotonic()))
+            os.write(1, _TIME.pack(time.monotonic()))
+
+
+async def _paced(streams: int, seconds: float, feed: Callable[[int, int], object]) -> list[float]:
+    """Call ``feed(stream, step)`` for each stream each 20 ms, spread evenly; returns how late the loop was."""
+    loop = asyncio.get_running_loop()
+    stalls: list[float] = []
+    with _listening(stalls):
+        slots = 10
+        began = loop.time()
+        for slot in range(round((_WARM + seconds) / PTIME) * slots):
+            await asyncio.sleep(max(0.0, began + slot * PTIME / slots - loop.time()))
+            if slot == round(_WARM / PTIME) * slots:
+                stalls.clear()
+            for stream in range(slot % slots, streams, slots):
+                feed(stream, slot // slots)
+    return stalls
+
+
+def _samples() -> Samples:
+    noise = np.random.default_rng(1).normal(0, 1500, 8000)
+    return noise.astype(np.int16)
+
+
+async def _calls(way: _Way, streams: int, seconds: float) -> list[float]:
+    """Record so many calls at any time; returns how late the loop was meanwhile."""
     samples = _samples()
-    files = [
-        soundfile.SoundFile(folder / f"{number}.x", "w", rate, 1, subtype, format=container)
-        for number in range(streams)
-    ]
+    live = [await way.begin(number) for number in range(streams)]
+    steps = [0] * streams
+    renewing: set[asyncio.Future[None]] = set()
+    begun = streams
+
+    async def renew(number: int) -> None:
+        nonlocal begun
+        begun += 1
+        before, live[number], steps[number] = live[number], await way.begin(begun), 0
+        await way.end(before)
 
     def feed(stream: int, step: int) -> None:
-        at = step * 160 % 7840
-        files[stream].write(samples[at : at + 160])
+        at = steps[stream] * 160 % 7840
+        way.frame(live[stream], samples[at : at + 160].copy(), steps[stream])
+        steps[stream] += 1
+        if (step + stream * CALL / PTIME / streams) % (CALL / PTIME) < 1:
+            # Tasks that nobody holds may be collected.
+            future = asyncio.ensure_future(renew(stream))
+            renewing.add(future)
+            future.add_done_callback(renewing.discard)
 
-    late = await _paced(streams, seconds, feed)
-    for file in files:
-        file.close()
-    return late
+    stalls = await _paced(streams, seconds, feed)
+    await asyncio.gather(*renewing)
+    await asyncio.gather(*(way.end(stream) for stream in live))
+    return stalls
 
 
 def measure(way: str, name: str, streams: int, seconds: float) -> Measured:
-    """Record in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_recording", way, name, str(streams), str(seconds)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    """Record in a process of its own, on one core, while another tells it the time."""
+    command = [sys.executable, "-m", "benchmarks.bench_recording"]
+    with subprocess.Popen([*command, "tell"], stdout=subprocess.PIPE) as telling:
+        try:
+            done = subprocess.run(
+                [*command, way, name, str(streams), str(seconds)],
+                check=True,
+                stdin=telling.stdout,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            telling.kill()
+    return Measured(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def _on_the_endpoint_s_loop(work: Awaitable[list[float]]) -> list[float]:
+    async def run() -> list[float]:
+        return await work
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(run())
 
 
 def _child(way: str, name: str, streams: int, seconds: float) -> None:
@@ -178,24 +289,19 @@ def _child(way: str, name: str, streams: int, seconds: float) -> None:
     gc.freeze()
     sys.setswitchinterval(SWITCH_INTERVAL)
     samples = _samples()
-    idle = asyncio.run(_paced(streams, min(seconds, 6.0), lambda stream, step: samples[:160].copy())).all
+    idle = _on_the_endpoint_s_loop(_paced(streams, min(seconds, IDLE), lambda stream, step: samples[:160].copy()))
     with tempfile.TemporaryDirectory() as folder:
+        recording = WAYS[way](name, Path(folder))
         before = time.process_time()
-        run_one = _record if way == "record" else _inline
-        late = asyncio.run(run_one(name, streams, seconds, Path(folder)))
-        while list(Path(folder).glob("*.part")):
-            # Encoding goes on.
-            time.sleep(0.05)
-        cpu = (time.process_time() - before) / (streams * seconds)
-    stalls = [value for series in (*late, idle) for value in (float(np.percentile(series, 99.9)), max(series))]
-    measured = Measured(cpu, *stalls)
-    print(json.dumps(measured._asdict()))
+        stalls = _on_the_endpoint_s_loop(_calls(recording, streams, seconds))
+        others = recording.rest()
+        cpu = (time.process_time() - before + others) / (streams * (_WARM + seconds))
+        figures = [value for late in (stalls, idle) for value in (float(np.percentile(late, 99.9)), max(late))]
+        print(json.dumps([cpu, *figures, recording.whole()]))
 
 
 def kills(count: int) -> tuple[int, int]:
     """Kill so many recording processes; returns the files and the most bytes that one of them lacks."""
-    from streamsink.processors.repair import JUST_MADE, repair
-
     rng = random.Random(1)
     worst, files = 0, 0
     with tempfile.TemporaryDirectory() as name:
@@ -227,7 +333,7 @@ def run(out: Path, quick: bool = False) -> str:
     log.configure("text", "error")
     streams, seconds = (30, 1.0) if quick else (STREAMS, 20.0)
     lines = [
-        "| | format | CPU a stream, ms a second | streams a core | stall p99.9 / worst, ms | recording's own | idle |",
+        "| | format | CPU a stream, ms a second | streams a core | stall p99.9 / worst, ms | by itself | files |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in FORMATS:
@@ -236,8 +342,7 @@ def run(out: Path, quick: bool = False) -> str:
             lines.append(
                 f"| {words} | {name} | {m.cpu * 1000:.2f} | {1 / m.cpu:.0f} "
                 f"| {m.stall_p999 * 1000:.2f} / {m.stall_max * 1000:.2f} "
-                f"| {m.own_p999 * 1000:.2f} / {m.own_max * 1000:.2f} "
-                f"| {m.idle_p999 * 1000:.2f} / {m.idle_max * 1000:.2f} |"
+                f"| {m.idle_p999 * 1000:.2f} / {m.idle_max * 1000:.2f} | {m.recorded} |"
             )
     files, worst = kills(4 if quick else 20)
     killed = f"{files} files of killed processes: {worst} bytes of one lost at most ({worst / 16000:.2f} s)"
@@ -247,4 +352,7 @@ def run(out: Path, quick: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    if sys.argv[1] == "tell":
+        _tell()
+    else:
+        _child(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
