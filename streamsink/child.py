@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
@@ -179,6 +180,21 @@ def asked_once(module: str, argument: str, message: object, timeout: float) -> t
         raise subprocess.SubprocessError(f"the process of {module} ended with status {done.returncode}")
     (length,) = _LENGTH.unpack_from(done.stdout)
     return _decode(done.stdout[_LENGTH.size : _LENGTH.size + length]), done.stderr.decode(errors="replace")
+
+
+def be_nice(niceness: int, *, idle: bool = False) -> None:
+    """The child's side: let calls go first where there are too few cores.
+
+    Args:
+        niceness: From 1 to 19, see nice(2).
+        idle: Whether to run only on cores that nobody else wants, and leave them at once (SCHED_IDLE, see sched(7)).
+    """
+    os.nice(niceness)
+    with contextlib.suppress(OSError):
+        # To Linux each session is a group that gets its share of a core, however nice those in it are: sched(7).
+        Path("/proc/self/autogroup").write_text(str(niceness))
+    if idle and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def answer(reply: Callable[[Any], Iterable[object]]) -> None:

@@ -17,9 +17,13 @@ from streamsink.errors import ChildDied
 
 CHILD = """
 import os, sys, time
-from streamsink.child import answer
+from streamsink.child import answer, be_nice
 
 def reply(message):
+    if "nice" in message:
+        be_nice(message["nice"], idle=message["idle"])
+        yield os.getpriority(os.PRIO_PROCESS, 0)
+        return
     print("noise on standard output")
     if message == "die":
         os._exit(3)
@@ -130,3 +134,17 @@ def test_a_thread_s_child_that_hangs_is_made_to_end(module: str) -> None:
     child.send("hang")
     child.close(patience=0.0)
     wait_for_the_end_of(child.pid)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs Linux's scheduler")
+@pytest.mark.parametrize(("idle", "policy"), [(False, os.SCHED_OTHER), (True, os.SCHED_IDLE)])
+def test_calls_go_first(idle: bool, policy: int, module: str) -> None:
+    child = BlockingChild(module)
+    child.send({"nice": 7, "idle": idle})
+    assert child.receive() == os.getpriority(os.PRIO_PROCESS, 0) + 7
+    assert os.sched_getscheduler(child.pid) == policy
+    group = Path(f"/proc/{child.pid}/autogroup")
+    if group.exists():
+        # Else it would have as large a share of a core as all calls together.
+        assert group.read_text().endswith("nice 7\n")
+    child.close()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from streamsink.child import answer
+from streamsink.child import answer, be_nice
 from streamsink.processors.formats import Order, make
 
 TELL = 0.5
@@ -34,7 +32,5 @@ def reply(message: Any) -> Iterator[object]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(OSError, AttributeError):
-        # Not merely nice: whoever else wants this core gets it at once, and not when a slice of time is over.
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    be_nice(19, idle=True)
     answer(reply)

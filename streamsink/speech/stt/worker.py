@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import abc
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from streamsink.child import answer
+from streamsink.child import answer, be_nice
 
 Message: TypeAlias = dict[str, Any]
 
@@ -37,7 +36,7 @@ class Worker(abc.ABC):
 
     def work(self) -> None:
         """Answer until there is nothing more to do; the calls go first where there are too few cores."""
-        os.nice(NICE)
+        be_nice(NICE)
         answer(self.reply)
 
     def reply(self, message: Message) -> Iterator[Message]:
