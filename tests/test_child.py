@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ def reply(message):
         os._exit(3)
     if message == "hang":
         time.sleep(60)
+    while message == "work":
+        yield os.getpid()
+        time.sleep(0.01)
     for number in range(message["times"]):
         yield [message["pcm"], number]
 
@@ -148,3 +152,15 @@ def test_calls_go_first(idle: bool, policy: int, module: str) -> None:
         # Else it would have as large a share of a core as all calls together.
         assert group.read_text().endswith("nice 7\n")
     child.close()
+
+
+def test_a_thread_s_child_at_work_does_not_outlive_the_endpoint(module: str) -> None:
+    program = (
+        "import time\nfrom streamsink.child import BlockingChild\nchild = BlockingChild('a_child')\n"
+        "child.send('work')\nprint(child.receive(), flush=True)\nwhile True: child.receive()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        owner.kill()
+    wait_for_the_end_of(pid)
