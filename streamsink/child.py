@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,6 +167,70 @@ class BlockingChild:
         self._process.kill()
 
 
+class SharedChild:
+    """A child that any number of threads ask side by side; started when it is first asked, and again when it has died.
+
+    Args:
+        module: Run as ``python -m module``; it calls :func:`answer_all`.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._lock = threading.Lock()
+        self._child: BlockingChild | None = None
+        # Who waits for which answer.
+        self._asking: dict[int, Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None while there is none."""
+        child = self._child
+        return None if child is None else child.pid
+
+    def ask(self, message: object) -> Any:
+        """Send a message and wait for its answer; blocks.
+
+        Raises:
+            ChildDied: The process ended before it answered, or was closed.
+            OSError: There is no room for a process.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closed:
+                raise ChildDied(f"the process of {self._module} is closed")
+            if self._child is None:
+                child, self._asking = BlockingChild(self._module), {}
+                self._child = child
+                name = f"{self._module}-answers"
+                threading.Thread(target=self._receive, args=(child, self._asking), name=name, daemon=True).start()
+            number = next(self._numbers)
+            self._asking[number] = future
+            self._child.send([number, message])
+        return future.result()
+
+    def close(self) -> None:
+        """End the process, whatever it does: who waits for an answer is told that it died."""
+        with self._lock:
+            self._closed = True
+            child = self._child
+        if child is not None:
+            child.kill()
+
+    def _receive(self, child: BlockingChild, asking: dict[int, Future[Any]]) -> None:
+        try:
+            while True:
+                number, said = child.receive()
+                asking.pop(number).set_result(said)
+        except ChildDied as error:
+            with self._lock:
+                self._child = None
+            child.close()
+            for future in asking.values():
+                future.set_exception(error)
+
+
 def asked_once(module: str, argument: str, message: object, timeout: float) -> tuple[Any, str]:
     """Start a child, send it one message and wait for its end; blocks.
 
@@ -198,23 +265,54 @@ def be_nice(niceness: int, *, idle: bool = False) -> None:
 
 
 def answer(reply: Callable[[Any], Iterable[object]]) -> None:
-    """The child's side: answer messages until there are no more.
-
-    What a library prints goes to standard error and never between the messages.
+    """The child's side: answer messages, one after the other, until there are no more.
 
     Args:
         reply: Given a message, yields any number of answers; each leaves as it is yielded.
     """
-    with open(os.dup(sys.stdout.fileno()), "wb") as answers:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with _answers() as write:
         for message in _messages(sys.stdin.buffer):
             for item in reply(message):
-                try:
-                    answers.write(_framed(item))
-                    answers.flush()
-                except BrokenPipeError:
-                    # Nobody is there to read it; closing must not try again.
-                    os._exit(0)
+                write(item)
+
+
+def answer_all(reply: Callable[[Any], object], threads: int) -> None:
+    """The child's side of a :class:`SharedChild`: answer messages side by side, each when it is done.
+
+    Ends the process, at once, when there are no more: what is under way is for nobody.
+
+    Args:
+        reply: Given a message, returns its answer; called in many threads, raises nothing.
+        threads: How many at once.
+    """
+    turn = threading.Lock()
+
+    def work(number: int, message: Any) -> None:
+        said = reply(message)
+        with turn:
+            write([number, said])
+
+    with _answers() as write, ThreadPoolExecutor(threads) as pool:
+        for number, message in _messages(sys.stdin.buffer):
+            pool.submit(work, number, message)
+        os._exit(0)
+
+
+@contextlib.contextmanager
+def _answers() -> Iterator[Callable[[object], None]]:
+    """Keep standard output for what is written here: what a library prints goes to standard error."""
+    with open(os.dup(sys.stdout.fileno()), "wb") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+        def write(item: object) -> None:
+            try:
+                answers.write(_framed(item))
+                answers.flush()
+            except BrokenPipeError:
+                # Nobody is there to read it; closing must not try again.
+                os._exit(0)
+
+        yield write
 
 
 def _framed(message: object) -> bytes:

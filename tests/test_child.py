@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from streamsink.child import BlockingChild, Child
+from streamsink.child import BlockingChild, Child, SharedChild
 from streamsink.errors import ChildDied
 
 CHILD = """
@@ -38,6 +40,35 @@ def reply(message):
 
 answer(reply)
 """
+
+
+SHARED = """
+import os, threading, time
+from streamsink.child import answer_all
+
+both = threading.Barrier(2)
+
+def reply(message):
+    print("noise on standard output")
+    if message == "die":
+        os._exit(3)
+    if message == "hang":
+        time.sleep(60)
+    if message == "meet":
+        both.wait(30)
+    return [message, os.getpid()]
+
+answer_all(reply, 4)
+"""
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedChild]:
+    (tmp_path / "a_shared_child.py").write_text(SHARED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    child = SharedChild("a_shared_child")
+    yield child
+    child.close()
 
 
 @pytest.fixture
@@ -158,6 +189,49 @@ def test_a_thread_s_child_at_work_does_not_outlive_the_endpoint(module: str) -> 
     program = (
         "import time\nfrom streamsink.child import BlockingChild\nchild = BlockingChild('a_child')\n"
         "child.send('work')\nprint(child.receive(), flush=True)\nwhile True: child.receive()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        owner.kill()
+    wait_for_the_end_of(pid)
+
+
+def test_threads_ask_one_child_side_by_side(shared: SharedChild) -> None:
+    assert shared.pid is None
+    with ThreadPoolExecutor(2) as threads:
+        # Each is answered only once both have been asked.
+        first, second = threads.map(shared.ask, ["meet", "meet"])
+    assert first == second == ["meet", shared.pid]
+
+
+def test_all_who_ask_a_shared_child_are_told_of_its_death_and_the_next_has_another(shared: SharedChild) -> None:
+    (_, before) = shared.ask("x")
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(shared.ask, "hang")
+        dying = threads.submit(shared.ask, "die")
+        for future in (waiting, dying):
+            with pytest.raises(ChildDied, match="a_shared_child ended with status 3"):
+                future.result()
+    assert shared.ask("y")[1] != before
+
+
+def test_who_waits_for_a_shared_child_that_is_closed_is_told(shared: SharedChild) -> None:
+    _, pid = shared.ask("x")
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(shared.ask, "hang")
+        shared.close()
+        with pytest.raises(ChildDied):
+            waiting.result()
+    with pytest.raises(ChildDied, match="closed"):
+        shared.ask("y")
+    wait_for_the_end_of(pid)
+
+
+def test_a_shared_child_ends_with_the_endpoint_whatever_it_does(shared: SharedChild) -> None:
+    program = (
+        "from streamsink.child import SharedChild\nimport threading\nchild = SharedChild('a_shared_child')\n"
+        "print(child.ask('x')[1], flush=True)\nchild.ask('hang')"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None

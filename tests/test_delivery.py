@@ -24,6 +24,7 @@ from tests.peer import PATIENCE
 from tests.receiver import Receiver, receiving
 from tests.stores import BUCKET, S3
 from tests.streams import SECRET
+from tests.test_child import wait_for_the_end_of
 
 STEM = "20261120T204218Z_desk"
 SIDECAR = {
@@ -232,7 +233,7 @@ def test_a_crash_while_local_files_are_deleted_is_made_good(
     here: Here, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = here.record()
-    delete = work._delete
+    delete = here.delivery._delete
     crashes = [OSError(errno.EIO, "Input/output error")]
 
     def half_done(folder: Path, files: list[Any]) -> None:
@@ -241,7 +242,7 @@ def test_a_crash_while_local_files_are_deleted_is_made_good(
             raise crashes.pop()
         delete(folder, files)
 
-    monkeypatch.setattr(work, "_delete", half_done)
+    monkeypatch.setattr(here.delivery, "_delete", half_done)
     to = (tmp_path / "kept").as_uri()
     here.deliver(upload=to, keep_local=False, on_complete=receiver.url)
     (told,) = receiver.wait()
@@ -403,10 +404,46 @@ def test_a_recording_that_was_not_begun_is_forgotten(here: Here) -> None:
 
 def test_what_cannot_be_noted_is_left_to_the_next_start(here: Here, read_log: Callable[[], str]) -> None:
     expected = here.delivery.expect(here.folder, STEM, upload="file:///nowhere")
-    for path in (here.folder / ".delivery").glob("*.json"):
-        path.unlink()
+    (noted,) = (here.folder / ".delivery").glob("*.json")
+    noted.with_name(noted.name.replace("expected", "upload")).mkdir()
     expected.arrived()
     assert "a recording will only be delivered after the next start" in read_log()
+
+
+def test_who_works_may_find_a_recording_before_it_is_told_of_it(
+    here: Here, receiver: Receiver, read_log: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "LOOK", 0.02)
+    here.delivery.post(receiver.url, {})
+    receiver.wait()
+    # It has the queue, and another process records.
+    other = Delivery(here.folder, lambda: SECRET)
+    expected = other.expect(here.folder, STEM, on_complete=receiver.url)
+    files = here.record()
+    told = receiver.wait(2)[1]
+    assert told["files"] == described(files)
+    expected.arrived()
+    here.settled()
+    assert "[error" not in read_log()
+    other.close(0)
+
+
+def test_a_recording_that_ends_while_it_is_looked_for_is_found(
+    here: Here, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = work._parts
+
+    def finished_meanwhile(folder: Path, stem: str) -> list[Path]:
+        found = parts(folder, stem)
+        if not (folder / f"{stem}.json").exists():
+            here.record()
+        return found
+
+    monkeypatch.setattr(work, "_parts", finished_meanwhile)
+    here.delivery.expect(here.folder, STEM, on_complete=receiver.url)
+    here.delivery.close(0)
+    here.fresh().start()
+    assert receiver.wait()[0]["stem"] == STEM
 
 
 DELIVERING = """
@@ -420,6 +457,7 @@ delivery.expect(Path(folder), stem, upload=target, keep_local=False, on_complete
 print("noted", flush=True)
 sys.stdin.read()
 delivery.close(20)
+print([name for name in ("boto3", "botocore", "fsspec", "s3fs") if name in sys.modules])
 """
 
 
@@ -448,12 +486,12 @@ def test_a_recording_arrives_in_s3_whatever_fails(
         here.settled()
     assert faults.left == []
     assert told["files"] == described(files, to)
-    with s3.store(tmp_path.name).open(f"{STEM}.wav") as file:
-        assert file.read() == files[f"{STEM}.wav"]
-    assert here.names == []
     # The credentials of the test, at debug.
     assert "hunter2" not in read_log()
     assert "AWSPreparedRequest" not in read_log()
+    with s3.store(tmp_path.name).open(f"{STEM}.wav") as file:
+        assert file.read() == files[f"{STEM}.wav"]
+    assert here.names == []
 
 
 def test_a_kill_in_the_midst_of_an_upload_costs_nothing(here: Here, s3: S3, receiver: Receiver, tmp_path: Path) -> None:
@@ -462,8 +500,16 @@ def test_a_kill_in_the_midst_of_an_upload_costs_nothing(here: Here, s3: S3, rece
     with s3.failing("held") as faults:
         process = start(here, to, receiver.url)
         assert faults.holding.wait(PATIENCE)
+        children = [
+            int(pid)
+            for path in Path("/proc").glob(f"{process.pid}/task/*/children")
+            for pid in path.read_text().split()
+        ]
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        # Nobody goes on uploading what the next one begins anew.
+        assert len(children) == 1
+        wait_for_the_end_of(children[0])
     # It had neither told nor deleted anything.
     assert here.names == sorted(files)
     assert len(here.queued) == 1
@@ -475,6 +521,42 @@ def test_a_kill_in_the_midst_of_an_upload_costs_nothing(here: Here, s3: S3, rece
     assert (here.names, here.queued) == ([], [])
 
 
+def test_the_process_that_uploads_may_die(
+    here: Here, s3: S3, receiver: Receiver, tmp_path: Path, read_log: Callable[[], str]
+) -> None:
+    files = here.record()
+    to = f"s3://{BUCKET}/{tmp_path.name}"
+    with s3.failing("held") as faults:
+        here.deliver(upload=to, keep_local=False, on_complete=receiver.url)
+        assert faults.holding.wait(PATIENCE)
+        pid = here.delivery._process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        (told,) = receiver.wait()
+        here.settled()
+    assert told["files"] == described(files, to)
+    assert (here.names, here.queued) == ([], [])
+    assert "the process of streamsink.delivery.process ended with status -9" in read_log()
+    assert here.delivery._process.pid != pid
+
+
+def test_an_end_does_not_wait_for_ever_for_an_upload(
+    here: Here, s3: S3, receiver: Receiver, tmp_path: Path, read_log: Callable[[], str]
+) -> None:
+    files = here.record()
+    with s3.failing("held") as faults:
+        here.deliver(upload=f"s3://{BUCKET}/{tmp_path.name}", keep_local=False, on_complete=receiver.url)
+        assert faults.holding.wait(PATIENCE)
+        pid = here.delivery._process.pid
+        assert pid is not None
+        here.delivery.close(0)
+        wait_for_the_end_of(pid)
+    assert here.names == sorted(files)
+    assert len(here.queued) == 1
+    assert "not delivered yet: the next start goes on with it" in read_log()
+    assert "ended with status" not in read_log()
+
+
 def test_a_process_that_has_uploaded_ends_at_once_and_in_silence(
     here: Here, s3: S3, receiver: Receiver, tmp_path: Path
 ) -> None:
@@ -484,4 +566,7 @@ def test_a_process_that_has_uploaded_ends_at_once_and_in_silence(
     out, err = process.communicate(timeout=PATIENCE)
     # No warning of a connection left open, nor any other.
     assert (process.returncode, err) == (0, "")
-    assert ["[info" in line for line in out.splitlines()] == [True, True]
+    *lines, imported = out.splitlines()
+    assert ["[info" in line for line in lines] == [True, True]
+    # What takes seconds to import and holds up calls while it works is elsewhere.
+    assert imported == "[]"

@@ -17,9 +17,9 @@ PACKAGE = ROOT / "streamsink"
 # From what stands on nothing up to the command line; a module imports from lower layers only. A package is one entry.
 LAYERS = (
     ("_codecs", "capture", "errors", "log", "loop", "metrics", "siblings", "stem", "watchdog"),
-    ("bus", "config", "delivery", "disk", "state", "status"),
-    ("audio", "auth", "tls"),
-    ("child", "codec", "gain", "playout", "slope", "sound", "wire"),
+    ("bus", "child", "config", "disk", "state", "status"),
+    ("audio", "auth", "delivery", "tls"),
+    ("codec", "gain", "playout", "slope", "sound", "wire"),
     ("speech",),
     ("playback", "processor", "simulator", "stream_object", "track"),
     ("barge_in", "pacer", "plugins", "stream"),

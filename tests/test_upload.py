@@ -277,7 +277,7 @@ def test_targets_know_their_urls(s3: S3, tmp_path: Path) -> None:
 
 async def test_a_store_nobody_needs_is_closed_where_it_was_opened(s3: S3) -> None:
     store = s3.store("closed")
-    store.prepare()
+    assert store.size("x.wav") is None
     loop, creator = store._files.loop, store._files._s3creator
     sessions = creator._client._endpoint.http_session
     assert sessions._sessions is not None

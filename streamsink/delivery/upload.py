@@ -7,13 +7,11 @@ encrypted with no key of KMS, checksum headers differ from store to store, and w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -95,23 +93,9 @@ def parse_target(url: str) -> Store:
     if not _BUCKET.fullmatch(parts.netloc):
         raise ConfigError(f"upload to {url!r}: {parts.netloc!r} is no name of a bucket; {_WANTED}")
     module, extra = _EXTRAS[parts.scheme]
-    try:
-        # Now, before there are calls: it takes a second of the interpreter's time.
-        importlib.import_module(module)
-        _hush()
-    except ImportError as error:
-        raise ConfigError(
-            f"upload to {parts.scheme}:// needs the package {error.name or module}: pip install 'streamsink[{extra}]'"
-        ) from None
-    store = ObjectStore(parts.scheme, f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/"))
-    store.prepare()
-    return store
-
-
-def _hush() -> None:
-    # At debug these show whole requests, credentials in them.
-    for name in ("aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"upload to {parts.scheme}:// needs the package {module}: pip install 'streamsink[{extra}]'")
+    return ObjectStore(parts.scheme, f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/"))
 
 
 def measure(path: Path) -> Local:
@@ -303,15 +287,6 @@ class ObjectStore:
         if self._protocol == "s3":
             files.close_session = _close_session
         return files
-
-    def prepare(self) -> None:
-        """Do now what would hold up calls later: reading the descriptions of a store's API, which also fill the heap.
-
-        What goes wrong here goes wrong again, and is told, when there is something to upload.
-        """
-        if self._protocol == "s3":
-            with contextlib.suppress(Exception):
-                self._files.connect()
 
     def check(self, folder: Path) -> None:
         """Any folder will do."""

@@ -1,8 +1,12 @@
-"""The threads that work off the queue: a few for uploads, a few for webhooks, so that neither waits for the other."""
+"""The threads that work off the queue: a few for uploads, a few for webhooks, so that neither waits for the other.
+
+They keep the queue, and wait for the process that does the work: see `process`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import queue
 import stat
 import threading
@@ -17,9 +21,9 @@ import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from streamsink.child import SharedChild
 from streamsink.delivery import webhook
 from streamsink.delivery.queue import FIRST_WAIT, LONGEST_WAIT, File, Job, Kind, Post, Queue, Recording, Taken, new_id
-from streamsink.delivery.upload import Local, measure, parse_target, upload
 from streamsink.stem import MADE_ENDINGS
 
 log = structlog.get_logger(__name__)
@@ -64,13 +68,14 @@ class Delivery(Collector):
         self._recordings = recordings.absolute()
         self._secret = secret
         self._queue = Queue(self._recordings / FOLDER, first_wait, longest_wait)
+        self._process = SharedChild("streamsink.delivery.process")
         self._clock = time.monotonic
         # Webhooks on their way to the disk.
         self._posts: queue.SimpleQueue[tuple[str, Post] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = threading.Event()
         self._counts: Counter[tuple[str, str]] = Counter()
 
     # --- What others ask for -----------------------------------------------------------------------------------------
@@ -137,17 +142,19 @@ class Delivery(Collector):
     def close(self, patience: float) -> None:
         """End: what was not tried yet gets a try, for so many seconds in all; the next start does the rest. Blocks."""
         with self._lock:
-            if not self._threads or self._closing:
+            if not self._threads or self._closing.is_set():
                 return
         self._posts.put(None)
         until = self._clock() + patience
         with self._changed:
             while (left := until - self._clock()) > 0 and (not self._posts.empty() or self._queue.busy(self._clock())):
                 self._changed.wait(min(left, 0.1))
-            self._closing = True
+            self._closing.set()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(max(0.0, until - self._clock()))
+        # Before the queue is anybody else's: nothing is uploaded twice at once.
+        self._process.close()
         if len(self._queue):
             log.warning("not delivered yet: the next start goes on with it", jobs=len(self._queue))
         self._queue.close()
@@ -188,7 +195,7 @@ class Delivery(Collector):
     def _keep(self) -> None:
         """Bring webhooks to the disk and look for what others have added."""
         looked = -LOOK
-        while not self._closing:
+        while not self._closing.is_set():
             if self._clock() - looked >= LOOK:
                 looked = self._clock()
                 try:
@@ -218,16 +225,19 @@ class Delivery(Collector):
         while True:
             with self._changed:
                 while (taken := self._queue.take(kind, self._clock())) is None:
-                    if self._closing:
+                    if self._closing.is_set():
                         return
                     self._changed.wait(self._queue.wait(kind, self._clock()))
-                if self._closing:
+                if self._closing.is_set():
                     return
             try:
                 work(taken)
             except _NotYetError:
                 self._queue.failed(taken, self._clock(), _PATIENT)
             except Exception as error:
+                if self._closing.is_set():
+                    # As it is on the disk, so the next start finds it.
+                    return
                 wait = self._queue.failed(taken, self._clock())
                 self._count(kind, "failed")
                 # At the first, second, fourth … try: a store that is away for a day is not told a thousand times.
@@ -244,11 +254,28 @@ class Delivery(Collector):
         with self._lock:
             self._counts[kind, outcome] += 1
 
+    def _ask(self, work: str, *arguments: object) -> Any:
+        """Have something done in the process.
+
+        Raises:
+            _FailedError: It was not; a `webhook.Gone` is one still.
+            ChildDied: The process died of it, or of something else.
+            OSError: There is no room for a process.
+        """
+        done, *said = self._process.ask([work, *arguments])
+        if done:
+            return said[0]
+        kind, words = said
+        raise webhook.Gone if kind == "Gone" else _FailedError(kind, words)
+
     # --- Jobs --------------------------------------------------------------------------------------------------------
 
     def _arrived(self, id: str) -> None:
         try:
             self._queue.arrived(id, self._clock())
+        except FileNotFoundError:
+            # The process that works on the folder has found it by itself.
+            log.debug("a recording was found before it was told of", job=id)
         except OSError as error:
             log.error("a recording will only be delivered after the next start", job=id, error=str(error))
         self._tell()
@@ -261,9 +288,11 @@ class Delivery(Collector):
         recording = taken.job.recording
         assert recording is not None
         folder = self._recordings / recording.folder
+        # Looked at first: who finishes it gives the sidecar its name last.
+        parts = _parts(folder, recording.stem)
         if (folder / f"{recording.stem}.json").exists():
             self._queue.become(taken, "upload", taken.job, self._clock())
-        elif _parts(folder, recording.stem):
+        elif parts:
             raise _NotYetError("it is not finished")
         else:
             self._give_up(taken, "there is no such recording any more", stem=recording.stem)
@@ -281,10 +310,10 @@ class Delivery(Collector):
                 self._give_up(taken, "its files are no longer here", stem=recording.stem)
                 return
             recording.told = _sidecar(folder, recording.stem)
-            recording.files = self._brought(recording, [measure(path) for path in paths])
+            recording.files = self._brought(recording, paths)
             self._queue.save(taken)
         if recording.upload is not None and not recording.keep_local:
-            _delete(folder, recording.files)
+            self._delete(folder, recording.files)
         if recording.upload is not None:
             self._count("upload", "done")
             log.info("uploaded", job=taken.id, stem=recording.stem, files=[file.url for file in recording.files])
@@ -294,18 +323,44 @@ class Delivery(Collector):
         post = _post(recording.on_complete, taken.id, _told_of(recording))
         self._queue.become(taken, "post", Job(time.time(), post=post), self._clock())
 
-    def _brought(self, recording: Recording, files: list[Local]) -> list[File]:
-        urls: dict[Path, str] = {}
+    def _brought(self, recording: Recording, paths: list[Path]) -> list[File]:
+        measured = [(str(path), *self._measure(path)) for path in paths]
+        urls: list[str | None] = [None] * len(measured)
         if recording.upload is not None:
-            urls = upload(files, recording.stem, parse_target(recording.upload))
-        return [File(file.path.name, file.size, file.sha256, urls.get(file.path)) for file in files]
+            urls = self._ask("upload", recording.upload, recording.stem, measured)
+        return [
+            File(path.name, size, sha256, url)
+            for path, (_, size, sha256), url in zip(paths, measured, urls, strict=True)
+        ]
+
+    def _measure(self, path: Path) -> tuple[int, str]:
+        """A file's size and SHA-256.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        found = self._ask("measure", str(path))
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+        size, sha256 = found
+        return size, sha256
+
+    def _delete(self, folder: Path, files: list[File]) -> None:
+        """Delete what is verified elsewhere, if it is still that."""
+        for file in files:
+            path = folder / file.name
+            with contextlib.suppress(FileNotFoundError):
+                if self._measure(path) == (file.size, file.sha256):
+                    path.unlink()
+                else:
+                    log.warning("kept here: it has changed since it was uploaded", file=file.name)
 
     def _send(self, taken: Taken) -> None:
         post = taken.job.post
         assert post is not None
         now = time.time()
         try:
-            webhook.send(post.url, post.body.encode(), secret=self._secret(), job=taken.id, now=now)
+            self._ask("post", post.url, post.body, self._secret(), taken.id, now)
         except webhook.Gone:
             self._give_up(taken, "the receiver wants no more: HTTP status 410", host=webhook.host_of(post.url))
         except Exception as error:
@@ -340,6 +395,13 @@ class Expected:
         self._delivery._withdraw(self._id)
 
 
+class _FailedError(Exception):
+    """What the process was asked for failed: with what kind of error, and its words."""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self.args))
+
+
 class _NotYetError(Exception):
     """What is wanted is not there yet, and nothing is wrong."""
 
@@ -371,18 +433,6 @@ def _finished_at(folder: Path, stem: str) -> float:
         return 0.0
 
 
-def _delete(folder: Path, files: list[File]) -> None:
-    """Delete what is verified elsewhere, if it is still that."""
-    for file in files:
-        path = folder / file.name
-        with contextlib.suppress(FileNotFoundError):
-            there = measure(path)
-            if (there.size, there.sha256) == (file.size, file.sha256):
-                path.unlink()
-            else:
-                log.warning("kept here: it has changed since it was uploaded", file=file.name)
-
-
 _TOLD = ("stream_sid", "call_sid", "account_sid", "name", "started_at", "duration_seconds", "complete")
 """What of a sidecar a webhook tells; custom parameters are not among it."""
 
@@ -409,5 +459,7 @@ def _post(url: str, id: str, payload: dict[str, Any]) -> Post:
 
 
 def _told(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = (
+        str(error) if isinstance(error, _FailedError) else ": ".join(filter(None, (type(error).__name__, str(error))))
+    )
     return text.partition("\n")[0][:200]
