@@ -6,6 +6,8 @@ import asyncio
 import http.client
 import io
 import logging
+import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
@@ -17,10 +19,11 @@ import structlog
 
 from streamsink import log
 from streamsink.config import Pipeline, Settings
+from streamsink.delivery.upload import parse_target
 from streamsink.loop import new_event_loop
 from streamsink.server import Server
 from tests.peer import ADMIN_TOKEN, LISTENER, TOKEN, Running
-from tests.stores import BUCKET, S3
+from tests.stores import BUCKET, S3, Faults, Preconditions, served
 
 _LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
 
@@ -107,3 +110,30 @@ def s3_port() -> Iterator[int]:
 def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> S3:
     """That server, as an endpoint's environment names it."""
     return S3(s3_port, monkeypatch)
+
+
+@pytest.fixture
+def gcs(gcs_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """A server that speaks Google's API and has one bucket, as an endpoint's environment names it."""
+    faults = Faults(gcs_port)
+    with served(Preconditions, faults=faults) as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        # Nobody's own account, nor a look for one.
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.devnull)
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        parse_target.cache_clear()
+        yield faults
+    parse_target.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def gcs_port() -> Iterator[int]:
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs the extra test-gcs")
+    pytest.importorskip("gcsfs", reason="needs the extra gcs")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    yield port
+    server.stop()

@@ -1,9 +1,11 @@
-"""A real S3-compatible server, and a way to it on which things go wrong."""
+"""Real S3- and Google-compatible servers, and a way to them on which things go wrong."""
 
 from __future__ import annotations
 
 import http.client
+import json
 import os
+import re
 import socket
 import ssl
 import threading
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -91,6 +94,10 @@ class FaultyProxy(BaseHTTPRequestHandler):
         if fault == "500":
             self._answer(500, [], b"")
             return
+        self.pass_on(body, fault)
+
+    def pass_on(self, body: bytes, fault: str) -> None:
+        faults: Faults = self.server.faults  # type: ignore[attr-defined]
         upstream = http.client.HTTPConnection("127.0.0.1", faults.to, timeout=20)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -122,6 +129,30 @@ class FaultyProxy(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+class Preconditions(FaultyProxy):
+    """What the server behind it leaves out: ``ifGenerationMatch=0`` is for objects that are not there.
+
+    Source: https://cloud.google.com/storage/docs/request-preconditions.
+    """
+
+    def pass_on(self, body: bytes, fault: str) -> None:
+        faults: Faults = self.server.faults  # type: ignore[attr-defined]
+        if self.command == "POST" and "ifGenerationMatch=0" in self.path:
+            name = re.search(rb'"name": ?"([^"]+)"', body)
+            assert name is not None
+            there = http.client.HTTPConnection("127.0.0.1", faults.to, timeout=20)
+            there.request("GET", f"/storage/v1/b/{BUCKET}/o/{quote(name[1].decode(), safe='')}")
+            status = there.getresponse().status
+            there.close()
+            if status == 200:
+                error = {"error": {"code": 412, "message": "conditionNotMet"}}
+                self._answer(412, [("Content-Type", "application/json")], json.dumps(error).encode())
+                return
+        super().pass_on(body, fault)
+
+    do_POST = FaultyProxy.handle_any
 
 
 class S3:

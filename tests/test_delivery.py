@@ -22,7 +22,7 @@ from streamsink.delivery import Delivery, verify, work
 from streamsink.errors import ConfigError
 from tests.peer import PATIENCE
 from tests.receiver import Receiver, receiving
-from tests.stores import BUCKET, S3
+from tests.stores import BUCKET, S3, Faults
 from tests.streams import SECRET
 from tests.test_child import wait_for_the_end_of
 
@@ -492,6 +492,16 @@ def test_a_recording_arrives_in_s3_whatever_fails(
     with s3.store(tmp_path.name).open(f"{STEM}.wav") as file:
         assert file.read() == files[f"{STEM}.wav"]
     assert here.names == []
+
+
+def test_a_recording_arrives_at_google(here: Here, gcs: Faults, receiver: Receiver, tmp_path: Path) -> None:
+    files = here.record()
+    to = f"gs://{BUCKET}/{tmp_path.name}"
+    here.deliver(upload=to, keep_local=False, on_complete=receiver.url)
+    (told,) = receiver.wait()
+    here.settled()
+    assert told["files"] == described(files, to)
+    assert (here.names, here.queued) == ([], [])
 
 
 def test_a_kill_in_the_midst_of_an_upload_costs_nothing(here: Here, s3: S3, receiver: Receiver, tmp_path: Path) -> None:

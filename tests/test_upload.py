@@ -23,7 +23,7 @@ from streamsink.delivery.upload import (
     upload,
 )
 from streamsink.errors import ConfigError
-from tests.stores import S3
+from tests.stores import BUCKET, S3
 
 STEM = "20261120T204218Z_desk"
 
@@ -41,13 +41,16 @@ def content(store: Store, name: str) -> bytes:
         return file.read()
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
+@pytest.fixture(params=["folder", "memory", "s3", "gcs"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """An empty store of each kind; what is true of one is true of all."""
     if request.param == "folder":
         return FolderStore(tmp_path / "there" / "deep")
     if request.param == "memory":
         return ObjectStore("memory", f"/{tmp_path.name}")
+    if request.param == "gcs":
+        request.getfixturevalue("gcs")
+        return ObjectStore("gs", f"{BUCKET}/{tmp_path.name}")
     s3: S3 = request.getfixturevalue("s3")
     return s3.store(tmp_path.name)
 
