@@ -122,6 +122,7 @@ async def test_a_stream_becomes_a_wav_file_and_a_sidecar_that_tells_the_truth(tm
         ("trim", False),
         ("trimmed", None),
         ("error", None),
+        ("continues", False),
         ("members", []),
     ]
     assert modes(tmp_path) == {0o600}

@@ -117,8 +117,8 @@ def rate_of(name: FormatName, asked: int | None, native: int) -> int:
     return asked or _FORMATS[name].rate or native
 
 
-def loud_part(wav: WavFile, *, head: bool, tail: bool) -> tuple[int, int]:
-    """Find where a recording begins and ends without the silence at its ends, in samples; all of it if it is silent.
+def loud_part(wav: WavFile, *, head: bool, tail: bool) -> tuple[int, int] | None:
+    """Find where a file begins and ends without the silence at its ends, in samples; None if there is nothing else.
 
     Args:
         wav: The recording.
@@ -132,7 +132,7 @@ def loud_part(wav: WavFile, *, head: bool, tail: bool) -> tuple[int, int]:
             first = start + int(loud[0]) if first is None else first
             last = start + int(loud[-1]) + 1
     if first is None:
-        return 0, wav.frames
+        return None
     margin = round(MARGIN * wav.sample_rate)
     return (
         max(0, first - margin) if head else 0,
@@ -158,8 +158,9 @@ def make(order: Order) -> Iterator[Made | None]:
         span = 0, wavs[0].frames
         if order.trim is not None:
             head, tail = order.trim
-            spans = [loud_part(wav, head=head, tail=tail) for wav in wavs]
-            span = min(first for first, _ in spans), max(last for _, last in spans)
+            loud = [found for wav in wavs if (found := loud_part(wav, head=head, tail=tail)) is not None]
+            if loud:
+                span = min(first for first, _ in loud), max(last for _, last in loud)
         made = Made(span, [])
         for wav, part in zip(wavs, order.parts, strict=True):
             sha256 = ""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
+import time
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
 import structlog
 from pydantic import BeforeValidator
 
@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 MOST_PENDING = 3000
 """Frames of a stream that may wait for a disk which does not keep up."""
+START_WAITS = 3.0
+"""Seconds ``on_start`` waits for a disk that is slow to make the files; the call goes on, and what is said is kept."""
 STOP_WAITS = 8.0
 """Seconds ``on_stop`` waits for a recording that is being encoded; that goes on without it."""
 
@@ -120,14 +122,14 @@ class Record(Processor):
         self._pending: deque[Frame] = deque()
         self._heard: deque[Frame] = deque()
         self._stray: set[Track] = set()
-        # What was left out of the track since its last frame, the disk being behind; samples.
-        self._dropped: dict[Track, int] = {}
+        # What was left out of each source since its last frame, the disk being behind; samples.
+        self._dropped: dict[int, int] = {}
         self._pauses: list[tuple[int, int | None]] = []
         # Where the newest frame ends, on the stream's clock.
         self._head = 0
         self._paused = False
-        # Nothing before this is recorded any more: the end of the last pause.
-        self._silent_until = 0
+        self._paused_at = 0.0
+        self._clock = time.monotonic
 
     async def on_start(self, stream: Stream) -> None:
         """Make the files; where the disk does not take them, that is tried again later."""
@@ -135,7 +137,7 @@ class Record(Processor):
         self._log = log.bind(stream=stream.sid, call=stream.call_sid)
         layout = choose(self._layout, stream.tracks, stream.may_speak)
         self._sources = layout.places.keys()
-        rate = self.sample_rate or stream.codec.rate
+        rate = self._rate = self.sample_rate or stream.codec.rate
         plan = Plan(
             folder=self._directory or stream.recordings,
             layout=layout,
@@ -173,12 +175,17 @@ class Record(Processor):
                 on_complete=self._on_complete,
             )
         stem = None if self._directory else lambda: stream.stem
+        starting = writer.run(lambda: self._recording.start(stem))
         try:
-            await writer.run(lambda: self._recording.start(stem))
+            await asyncio.wait({starting}, timeout=START_WAITS)
         except asyncio.CancelledError:
-            # The disk took too long; nobody will stop what has not started.
+            # Nobody will stop what has not started.
             writer.run(self._recording.give_up)
             raise
+        if starting.done():
+            starting.result()
+        else:
+            self._log.warning("the disk is slow: what is said meanwhile waits in memory", seconds=START_WAITS)
 
     def on_frame(self, frame: Frame) -> None:
         """Leave the frame to the writer."""
@@ -188,30 +195,30 @@ class Record(Processor):
         if SOURCE_OF[frame.track] not in self._sources:
             self._is_stray(frame.track)
             return
-        if self._paused:
-            frame = msgspec.structs.replace(frame, samples=np.zeros_like(frame.samples))
-        elif frame.start < self._silent_until:
-            frame = self._without_pauses(frame)
-        if len(self._pending) >= MOST_PENDING:
-            self._drop(frame)
-            return
-        if self._dropped:
-            # What was left out is a loss like any other.
-            frame = msgspec.structs.replace(frame, lost=frame.lost + self._dropped.pop(frame.track, 0))
-        self._pending.append(frame)
+        self._leave(frame, SOURCE_OF[frame.track], self._pending)
 
     def on_played(self, frame: Frame) -> None:
         """Leave what the far end heard of ours to the writer."""
-        if PLAYED in self._sources and len(self._heard) < MOST_PENDING:
-            if self._pauses:
-                frame = self._without_pauses(frame)
-            self._heard.append(frame)
+        if PLAYED in self._sources:
+            self._leave(frame, PLAYED, self._heard)
+
+    def _leave(self, frame: Frame, source: int, queue: deque[Frame]) -> None:
+        if self._pauses:
+            frame = self._without_pauses(frame)
+        if len(queue) >= MOST_PENDING:
+            self._drop(frame, source)
+            return
+        if self._dropped:
+            # What was left out is a loss like any other.
+            frame = msgspec.structs.replace(frame, lost=frame.lost + self._dropped.pop(source, 0))
+        queue.append(frame)
 
     def on_dtmf(self, digit: str, duration_ms: int) -> None:
         """Pause or resume, if this is the digit for it."""
         if digit == self._pause_digit:
+            # A digit comes in its place among the audio, however late both are.
             if self._paused:
-                self.resume()
+                self._resume_at(self._head)
             else:
                 self.pause()
 
@@ -219,15 +226,21 @@ class Record(Processor):
         """Record silence from now on; what is said meanwhile never reaches the disk. On the event loop."""
         if not self._paused:
             self._paused = True
+            self._paused_at = self._clock()
             self._pauses.append((self._head, None))
 
     def resume(self) -> None:
-        """Record again. On the event loop."""
+        """Record again. On the event loop.
+
+        What was said until now may still be on its way, so the pause lasts, on the stream's clock, as long as it did.
+        """
         if self._paused:
-            self._paused = False
-            start, _ = self._pauses[-1]
-            self._pauses[-1] = (start, self._head)
-            self._silent_until = self._head
+            lasted = round((self._clock() - self._paused_at) * self._rate)
+            self._resume_at(max(self._head, self._pauses[-1][0] + lasted))
+
+    def _resume_at(self, end: int) -> None:
+        self._paused = False
+        self._pauses[-1] = (self._pauses[-1][0], end)
 
     def _without_pauses(self, frame: Frame) -> Frame:
         """The frame with silence where it was spoken during a pause, however late it comes."""
@@ -247,12 +260,13 @@ class Record(Processor):
             self._stray.add(track)
             self._log.warning("not recorded: a track the start message did not announce", track=track.value)
 
-    def _drop(self, frame: Frame) -> None:
+    def _drop(self, frame: Frame, source: int) -> None:
         if not self._recording.flawed:
             failures.add()
+            self._recording.sidecar.error = "the disk did not keep up"
             self._log.error("not recorded: the disk does not keep up", frames=MOST_PENDING)
         self._recording.flawed = True
-        self._dropped[frame.track] = self._dropped.get(frame.track, 0) + frame.lost + len(frame.samples)
+        self._dropped[source] = self._dropped.get(source, 0) + frame.lost + len(frame.samples)
 
     async def on_stop(self, reason: str) -> None:
         """Write what is left, then give the files their names; what could not be kept makes the sidecar say so."""

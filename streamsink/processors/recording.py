@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import math
 import random
 import sys
 import time
@@ -36,6 +37,8 @@ SYNC_INTERVAL = 8.0
 """Seconds after which what was written is asked to outlive a power cut."""
 RETRY = 5.0
 """Seconds between attempts to go on after the disk took no more."""
+MANY_GAPS = 300
+"""Numbers in `_gaps` beyond which telling of each at once would take too long."""
 GRACE = 10.0
 """Seconds of audio by which one voice may come later than another and still find its segment open."""
 MOST_OPEN = 64
@@ -114,6 +117,9 @@ class Recording:
         self._retry_at: float | None = None
         self._told = False
         self._late = False
+        # How much of pauses and gaps the live sidecars tell of, and when they were told.
+        self._known = (0, 0)
+        self._told_at = -math.inf
         # Calls that begin together must not keep the disk busy together.
         self._synced_at = time.monotonic() - random.uniform(0, SYNC_INTERVAL)
         self._syncing = False
@@ -126,10 +132,7 @@ class Recording:
     def start(self, stem: Callable[[], str] | None) -> None:
         """Make the first files, under ``stem()`` if it is free for audio, else, and without one, under a new one."""
         self._stem = stem
-        try:
-            self._open_at(0)
-        except Exception as error:
-            self._fail(error)
+        self._next(0)
         writer.add(self)
 
     def give_up(self) -> None:
@@ -153,13 +156,12 @@ class Recording:
             return False
         self._take()
         self._end_passed()
+        self._keep_told()
         now = time.monotonic()
         if self._open and not self._syncing and now - self._synced_at >= SYNC_INTERVAL:
             self._syncing = True
             self._synced_at = now
-            for segment in self._open:
-                self._tell(segment)
-            writer.finish(self._sync)
+            writer.sync(self._sync)
         return True
 
     def close(self) -> Job | None:
@@ -187,23 +189,36 @@ class Recording:
         self.finishing = [future for future in self.finishing if not future.done()]
         self.finishing.append(writer.finish(segment.finish))
 
+    def _keep_told(self) -> None:
+        """Keep the live sidecars at what is known: a pause at once, losses as often as there is time to."""
+        pauses = 2 * len(self._pauses) - (bool(self._pauses) and self._pauses[-1][1] is None)
+        known, now = (pauses, len(self._gaps)), time.monotonic()
+        many = known[0] == self._known[0] and known[1] > MANY_GAPS
+        if known != self._known and now - self._told_at >= (SYNC_INTERVAL if many else 0):
+            self._known, self._told_at = known, now
+            for segment in self._open:
+                self._tell(segment)
+                segment.stale = True
+        for segment in self._open:
+            # What a disk does not take of it is no reason to end the audio.
+            with contextlib.suppress(OSError):
+                segment.tell()
+
     def _sync(self) -> None:
-        """In a finishing thread."""
+        """In a thread that waits for the disk."""
         try:
             for segment in list(self._open):
-                with contextlib.suppress(OSError):
-                    # What a disk does not take now shows when it is written to.
-                    segment.sync()
+                segment.sync()
         finally:
             self._syncing = False
 
     # --- Writing -----------------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        if self._retry_at is not None and time.monotonic() < self._retry_at:
-            self._skip()
-            return
         try:
+            for segment in self._open:
+                if segment.lost is not None:
+                    raise segment.lost
             for source, start, samples in self._runs():
                 self._place(source, start, samples)
             for segment in self._open:
@@ -242,11 +257,18 @@ class Recording:
 
     def _place(self, source: int, start: int, samples: Samples) -> None:
         file, channel = self._places[source]
-        if self._plan.longest is not None:
-            samples = samples[: max(0, self._plan.longest - start)]
+        end, longest = start + len(samples), self._plan.longest
+        if longest is not None and end > longest:
+            samples = samples[: max(0, longest - start)]
+            if start >= longest:
+                # Up to there all is silence, which has its files too.
+                self._segment_at(longest - 1)
         while len(samples):
             segment = self._segment_at(start)
-            if segment is None:
+            if segment is None and start >= self._border:
+                # There was no room for its file.
+                upto = len(samples)
+            elif segment is None:
                 # It came after its segment was closed.
                 upto = min(len(samples), self._open[0].start - start if self._open else len(samples))
                 self._too_late()
@@ -256,29 +278,48 @@ class Recording:
             start += upto
             samples = samples[upto:]
             self._head = max(self._head, start)
+        self._head = max(self._head, end)
+
+    @property
+    def _border(self) -> int:
+        """Where the segments that are or were end."""
+        if self._open:
+            return self._open[-1].end or _FOR_EVER
+        return max(self._next_start or 0, self._broke_at or 0)
 
     def _segment_at(self, position: int) -> Segment | None:
-        """The open segment a position falls into, made if it is ahead; None for one that is closed."""
-        if not self._open:
-            # Behind a segment that ended as meant comes the next; behind one that broke, whatever there is.
-            first = position if self._next_start is None else self._next_start
-            if position < first or position < (self._broke_at or 0):
-                return None
-            self._open_at(first)
-        if position < self._open[0].start:
+        """The open segment a position falls into, made if it is ahead; None where it is closed or cannot be made."""
+        if self._open and position < self._open[0].start:
             return None
         for segment in self._open:
             if segment.end is None or position < segment.end:
                 return segment
-        while True:
-            # Silence has its files too.
-            last = self._open[-1].end
-            assert last is not None
-            segment = self._open_at(last)
-            if segment.end is None or position < segment.end:
-                return segment
+        while position >= self._border:
+            # Silence has its files too. Behind a segment that broke, or has no successor yet, comes whatever there is.
+            made = self._next(position if self._broke_at is not None else self._border)
+            if made is None or made.end is None or position < made.end:
+                return made
             if len(self._open) > MOST_OPEN:
-                self._end_passed(segment.end)
+                self._end_passed(made.end)
+        return None
+
+    def _next(self, start: int) -> Segment | None:
+        """Make the next segment; where that fails, what is open goes on, and it is tried again later."""
+        if self._retry_at is not None and time.monotonic() < self._retry_at:
+            return None
+        before = self._open[-1] if self._open else None
+        try:
+            segment = self._open_at(start)
+        except Exception as error:
+            self._complain(error)
+            if self._broke_at is None:
+                self._broke_at = start
+            return None
+        if before is not None:
+            before.sidecar.continues = before.stale = True
+            with contextlib.suppress(OSError):
+                before.tell()
+        return segment
 
     def _too_late(self) -> None:
         self.flawed = True
@@ -356,7 +397,8 @@ class Recording:
             if self.expect is not None:
                 # Before there is anything to lose: what a crash leaves is expected too, once it is mended.
                 segment.expected = self.expect(folder, stem)
-            sidecars.write(segment.part, sidecar, final=False)
+            sidecars.write(segment.part, sidecar)
+            segment.stale = False
         except Exception:
             segment.discard(stem_too=stem_too)
             raise
@@ -386,8 +428,8 @@ class Recording:
             for wav in segment.wavs:
                 wav.extend(segment.end - segment.start)
 
-    def _fail(self, error: Exception) -> None:
-        """End the files that are open at their last good sample; try again later."""
+    def _complain(self, error: Exception) -> None:
+        """Tell, once, that the disk takes nothing; it is asked again later."""
         # A disk that is nearly full was told and counted already.
         failed = not isinstance(error, DiskFull)
         if failed:
@@ -398,12 +440,13 @@ class Recording:
                 "recording stopped: it goes on when the disk takes it", cause=str(error), kind=type(error).__name__
             )
         self._retry_at = time.monotonic() + RETRY
+
+    def _fail(self, error: Exception) -> None:
+        """End the files that are open at their last good sample; try again later."""
+        self._complain(error)
         broken, self._open = self._open, []
         self._next_start = None
-        if broken:
-            self._broke_at = broken[-1].start + broken[-1].frames
-        elif self._broke_at is None:
-            self._broke_at = self._head if self._number else 0
+        self._broke_at = broken[-1].start + broken[-1].frames if broken else self._head
         for segment in broken:
             self._prepare(segment)
             segment.sidecar.complete = False
@@ -425,7 +468,7 @@ class Recording:
         sidecar.pauses = [
             Pause((max(at, start) - start) / rate, (min(until, end) - max(at, start)) / rate)
             for at, until in ((at, _FOR_EVER if until is None else until) for at, until in list(self._pauses))
-            if at < end and until > start
+            if at < end and until > start and until > at
         ]
 
     def _prepare(self, segment: Segment) -> None:
@@ -434,6 +477,8 @@ class Recording:
         sidecar = segment.sidecar
         sidecar.close_code, sidecar.close_reason = self.sidecar.close_code, self.sidecar.close_reason
         sidecar.members = self.sidecar.members
+        sidecar.error = sidecar.error or self.sidecar.error
+        sidecar.continues = segment.end is not None
         sidecar.complete = not self.flawed and not sidecar.missing_seconds
         # What lies before the segments that are still open is told.
         if not self._closed and self._open:

@@ -136,11 +136,13 @@ def _repair(folder: Path, stem: str, now: Callable[[], float]) -> Repaired | Non
         if wavs and finished is not None and _is_there(folder, finished):
             # All that was left to do is to tidy up.
             return _tidied(folder, stem, finished, wavs)
-        if told is not None and told.sha256 is not None and _is_there(folder, told):
+        if told is not None and _named(folder, told):
             give_name(folder / f"{stem}.json.part", folder / f"{stem}.json")
             return _tidied(folder, stem, told, wavs)
         if not wavs:
             return _without_audio(folder, stem, told, now)
+        if told is not None:
+            _undo(folder, told)
         for wav in wavs:
             for ending in ("flac", "ogg", "opus", "mp3", "trim"):
                 wav.path.with_name(f"{wav.path.name.removesuffix('wav')}{ending}.part").unlink(missing_ok=True)
@@ -153,17 +155,20 @@ def _reopened(
     folder: Path, stem: str, told: Sidecar | None, now: Callable[[], float], stack: contextlib.ExitStack
 ) -> list[WavPart] | None:
     """Take over the live files there are; None where one may only just have been made."""
-    layouts = {file.name: file.channels for file in told.files} if told is not None else {}
+    layouts = _layouts(told) if told is not None else {}
     wavs = []
     for side in ("", "inbound.", "outbound."):
         path = folder / f"{stem}.{side}wav"
+        if side and os.path.lexists(folder / f"{stem}.{side}json.part"):
+            # A stream whose own name ends like one side of this one's.
+            continue
         part = path.with_name(f"{path.name}.part")
         if not os.path.lexists(part):
             continue
         found = part.lstat()
         if stat.S_ISREG(found.st_mode) and not found.st_size and now() - found.st_mtime < JUST_MADE:
             return None
-        channels = layouts.get(path.name, [["inbound"]])
+        channels = layouts.get(path.stem, [["inbound"]])
         wav = WavPart.reopen(path, told.sample_rate if told is not None else 8000, len(channels))
         stack.callback(wav.close)
         wavs.append(wav)
@@ -176,28 +181,70 @@ def _is_there(folder: Path, told: Sidecar) -> bool:
     Raises:
         BlockingIOError: Somebody does.
     """
+    return bool(told.files) and all(_is(folder / file.name, file) for file in told.files)
+
+
+def _is(path: Path, file: AudioFile) -> bool:
+    """Whether what has a name is what the sidecar tells of.
+
+    Raises:
+        BlockingIOError: It is, or may be, and somebody holds it.
+    """
+    if file.sha256 is None or "/" in file.name:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # The live WAV under its final name is locked by whoever is about to name the sidecar; our own lock is on the
+        # same file where it has yet to be named, or a crash came between its two names.
+        if path.suffix != ".part" and not os.path.lexists(f"{path}.part"):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        *_, last = "", *digest(fd)
+    finally:
+        os.close(fd)
+    return last == file.sha256
+
+
+def _named(folder: Path, told: Sidecar) -> bool:
+    """Go on with naming the files that were made, if all of them are there under one name or the other.
+
+    Raises:
+        BlockingIOError: Somebody holds them.
+        FileExistsError: Another file has one's name.
+    """
+    waiting = [file for file in told.files if not _is(folder / file.name, file)]
+    if not told.files or not all(_is(folder / f"{file.name}.part", file) for file in waiting):
+        return False
+    for file in waiting:
+        give_name(folder / f"{file.name}.part", folder / file.name)
+    return True
+
+
+def _undo(folder: Path, told: Sidecar) -> None:
+    """Begin anew with a recording whose files were made, and are not all there: what is there is made once more."""
     for file in told.files:
-        if file.sha256 is None or "/" in file.name:
-            return False
-        try:
-            fd = os.open(folder / file.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            # The live WAV under its final name is locked by whoever is about to name the sidecar; our own lock is on
-            # the same file where a crash came between its two names.
-            if not os.path.lexists(folder / f"{file.name}.part"):
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            *_, last = "", *digest(fd)
-        finally:
-            os.close(fd)
-        if last != file.sha256:
-            return False
-    return bool(told.files)
+        if file.name.endswith(".wav"):
+            continue
+        for name in (file.name, f"{file.name}.part"):
+            if _is(folder / name, file):
+                (folder / name).unlink()
+    if told.trimmed is not None:
+        # It is cut again. What was cut off lies where it did.
+        cut, told.trimmed = told.trimmed, None
+        told.duration_seconds += cut.start_seconds + cut.end_seconds
+        for gap in told.gaps:
+            gap.start_seconds += cut.start_seconds
+        for pause in told.pauses:
+            pause.start_seconds += cut.start_seconds
 
 
 def _tidied(folder: Path, stem: str, told: Sidecar, wavs: list[WavPart]) -> Repaired:
     sync_folder(folder)
+    for file in told.files:
+        # A crash between its two names leaves it both.
+        (folder / f"{file.name}.part").unlink(missing_ok=True)
     for wav in wavs:
         wav.part.unlink(missing_ok=True)
     (folder / f"{stem}.json.part").unlink(missing_ok=True)
@@ -227,9 +274,9 @@ def _finished(folder: Path, stem: str, told: Sidecar | None, wavs: list[WavPart]
     if told is None or not told.complete or round(told.duration_seconds * wavs[0].sample_rate) != frames:
         sidecar.complete = False
         sidecar.error = sidecar.error or _LEFT
-    known = {file.name: file.channels for file in sidecar.files}
+    known = _layouts(sidecar)
     sidecar.files = [
-        AudioFile(wav.path.name, known.get(wav.path.name) or _channels(wav.path.name, wav.channels)) for wav in wavs
+        AudioFile(wav.path.name, known.get(wav.path.stem) or _channels(wav.path.name, wav.channels)) for wav in wavs
     ]
     segment = Segment(folder, stem, sidecar, wavs, 0, None)
     rest = segment.finish()
@@ -238,6 +285,11 @@ def _finished(folder: Path, stem: str, told: Sidecar | None, wavs: list[WavPart]
     if not (folder / f"{stem}.json").exists() or os.path.lexists(segment.part):
         return Repaired(stem, problem=segment.sidecar.error)
     return Repaired(stem, (*(file.name for file in segment.sidecar.files), f"{stem}.json"))
+
+
+def _layouts(told: Sidecar) -> dict[str, list[list[str]]]:
+    """What is in the channels of each file, whatever it ends with by now."""
+    return {Path(file.name).stem: file.channels for file in told.files}
 
 
 def _channels(name: str, count: int) -> list[list[str]]:

@@ -55,9 +55,24 @@ class Segment:
 
     Attributes:
         expected: Told when the files have their names.
+        stale: Whether the live sidecar on the disk does not say what is known.
+        lost: What the disk said when it was to keep for good what had been written.
     """
 
-    __slots__ = ("_lock", "end", "expected", "folder", "log", "sidecar", "start", "stem", "wavs")
+    __slots__ = (
+        "_lock",
+        "_unsynced",
+        "end",
+        "expected",
+        "folder",
+        "log",
+        "lost",
+        "sidecar",
+        "stale",
+        "start",
+        "stem",
+        "wavs",
+    )
 
     def __init__(
         self, folder: Path, stem: str, sidecar: Sidecar, wavs: Sequence[WavPart], start: int, end: int | None
@@ -69,6 +84,10 @@ class Segment:
         self.start = start
         self.end = end
         self.expected: Expected | None = None
+        self.stale = True
+        self.lost: OSError | None = None
+        # Whether what the live sidecar on the disk says is not there for good.
+        self._unsynced = True
         self.log = log
         self._lock = threading.Lock()
 
@@ -87,13 +106,36 @@ class Segment:
         """Hz, of the live files."""
         return self.wavs[0].sample_rate
 
+    def tell(self) -> None:
+        """Bring the live sidecar up to what is known; not now, if the disk is just being waited for.
+
+        Raises:
+            OSError: The disk is full or broken.
+        """
+        if self.stale and self._lock.acquire(blocking=False):
+            try:
+                if self.wavs:
+                    sidecars.write(self.part, self.sidecar)
+                    self.stale, self._unsynced = False, True
+            finally:
+                self._lock.release()
+
     def sync(self) -> None:
         """Let what was written so far outlive a power cut; in another thread than the one that writes."""
         with self._lock:
-            if self.wavs:
-                sidecars.write(self.part, self.sidecar, final=False)
-            for wav in self.wavs:
-                wav.sync()
+            if not self.wavs:
+                return
+            with contextlib.suppress(OSError):
+                # It is written again at the end; the audio is not.
+                if self.stale or self._unsynced:
+                    sidecars.write(self.part, self.sidecar, sync=True)
+                    self.stale = self._unsynced = False
+            try:
+                for wav in self.wavs:
+                    wav.sync()
+            except OSError as error:
+                # Told once: asked again, the kernel takes what it has lost for written.
+                self.lost = self.lost or error
 
     def discard(self, *, stem_too: bool) -> None:
         """Delete everything, the stem's reservation too if nobody else builds on it."""
@@ -167,7 +209,7 @@ class Segment:
             parts=parts,
             format=self.sidecar.format,
             sample_rate=self.sidecar.sample_rate,
-            trim=(self.sidecar.segment == 1, self.end is None) if self.sidecar.trim else None,
+            trim=(self.sidecar.segment == 1, not self.sidecar.continues) if self.sidecar.trim else None,
         )
 
     def _cut(self, span: tuple[int, int]) -> None:
@@ -197,6 +239,7 @@ class Segment:
         self.sidecar.sha256 = self.sidecar.files[0].sha256
         with self._failing():
             sidecars.write(self.part, self.sidecar, final=True)
+        with self._failing():
             for wav in self.wavs:
                 give_name(wav.part, wav.path)
             self._name_sidecar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from datetime import datetime
@@ -68,6 +69,7 @@ class Sidecar(msgspec.Struct):
         missing_seconds: How much before that is in no file, since the disk took nothing.
         trim: Whether silence is cut off at the recording's ends.
         error: Why the file ends where it does, if not as meant.
+        continues: Whether the next file goes on where this one ends.
         members: Of a room: who was in it, and when, in seconds on the stream's clock.
     """
 
@@ -95,36 +97,66 @@ class Sidecar(msgspec.Struct):
     trim: bool = False
     trimmed: Trimmed | None = None
     error: str | None = None
+    continues: bool = False
     members: list[Attendance] = []
 
 
-def write(path: Path, sidecar: Sidecar, *, final: bool) -> None:
-    """Write a sidecar over the file that holds its place; a final one is on the disk for good afterwards.
+def write(path: Path, sidecar: Sidecar, *, sync: bool = False, final: bool = False) -> None:
+    """Write a sidecar over the file that holds its place.
+
+    Args:
+        path: Where.
+        sidecar: What to write.
+        sync: Whether it is on the disk for good afterwards.
+        final: Whether this is the last time; it is on the disk for good, too.
 
     Raises:
-        OSError: The disk is full or broken, or a link was put in its place.
+        OSError: The disk is full or broken, or a link was put in its place; what was there is there still.
     """
-    text = msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n"
-    if not final:
-        text = text.ljust(_ROOM)
+    text = _text(sidecar)
     give_way()
-    # Over what is there, not truncated first: on a full disk the room it has is all the room there is.
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:
+        there = os.fstat(fd).st_size
+        if not final:
+            text = text.ljust(max(_ROOM, there if len(text) <= there else 2 * len(text)))
+        if len(text) > there:
+            # Or half of it would stand over what was there, and the rest find no room.
+            _make_room(fd, len(text))
+        # Over what is there, not truncated first: on a full disk the room it has is all the room there is.
         file.write(text)
         file.flush()
         file.truncate()
-        if final:
+        if sync or final:
             os.fsync(fd)
+
+
+def _make_room(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _text(sidecar: Sidecar) -> bytes:
+    """JSON for people and programs, a line a gap: a bad hour has thousands, and formatting them at once takes long."""
+    head = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(sidecar, gaps=[])), indent=2)
+    if sidecar.gaps:
+        lines = b",\n    ".join(msgspec.json.encode(gap) for gap in sidecar.gaps)
+        # Of what is named so only the sidecar's own is indented by two.
+        head = head.replace(b'\n  "gaps": []', b'\n  "gaps": [\n    ' + lines + b"\n  ]", 1)
+    return head + b"\n"
 
 
 def read(path: Path) -> Sidecar | None:
     """Read a sidecar, live or finished; None when there is none or it makes no sense."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Nobody writes into a FIFO of that name, ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:
             # A crash while a shorter one was written over a longer one leaves the end of that.
-            told, _ = json.JSONDecoder().raw_decode(file.read(_LONGEST).decode())
+            told, _ = json.JSONDecoder().raw_decode(file.read(_LONGEST).decode(errors="replace"))
         return msgspec.convert(told, Sidecar)
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""The threads that write recordings: one for all that are live, a few that wait for the disk, fewer that encode.
+"""The threads of recordings: one writes all that are live, a few wait for the disk, fewer have files encoded.
 
 A job runs in the writing thread; what it returns is its rest, which runs in a finishing thread; what that returns runs
 in an encoding one. Each thus takes as long as its kind does, and holds up only its kind.
@@ -30,6 +30,8 @@ FLUSH_INTERVAL = 0.5
 """Seconds between two writes of a stream: a crash loses no more audio than that."""
 FINISHERS = 8
 """Recordings finished at once: disks take many fsyncs in the time of one."""
+SYNCERS = 4
+"""Live recordings brought to the disk at once; they wait for no other that is finished."""
 ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 """Recordings encoded at once."""
 STALLED = 10.0
@@ -73,8 +75,8 @@ class Writer:
     """The threads; they start with the first job."""
 
     def __init__(self) -> None:
-        kinds = [queue.SimpleQueue[tuple[Job, Future[None]]]() for _ in range(3)]
-        self._jobs, self._finishing, self._encoding = self._kinds = kinds
+        kinds = [queue.SimpleQueue[tuple[Job, Future[None]]]() for _ in range(4)]
+        self._jobs, self._finishing, self._encoding, self._syncing = self._kinds = kinds
         # They take turns, spread over the interval, and the first one's is at that time. The writing thread's own.
         self._live: deque[Live] = deque()
         self._next = 0.0
@@ -98,6 +100,10 @@ class Writer:
     def encode(self, job: Job) -> Future[None]:
         """Run a job that computes; for any thread."""
         return self._put(job, 2)
+
+    def sync(self, job: Job) -> Future[None]:
+        """Run a job that brings what is live to the disk for good; for any thread."""
+        return self._put(job, 3)
 
     def add(self, live: Live) -> None:
         """Write this from now on, until its ``flush`` says that it is over; for jobs."""
@@ -126,6 +132,7 @@ class Writer:
         # All now: while the process exits none can be started. Daemonic: a disk that hangs must not keep it for ever.
         threads = [("streamsink-record", self._write)]
         threads += [(f"streamsink-record-{n}", self._finish) for n in range(FINISHERS)]
+        threads += [(f"streamsink-record-sync-{n}", self._sync) for n in range(SYNCERS)]
         threads += [(f"streamsink-encode-{n}", self._encode) for n in range(ENCODERS)]
         for name, target in threads:
             threading.Thread(target=target, name=name, daemon=True).start()
@@ -148,16 +155,29 @@ class Writer:
                 return
             live = self._live.popleft()
             give_way()
-            if live.flush():
+            if self._goes_on(live):
                 self._live.append(live)
                 # One that is over costs no time, or those that are left would wait for theirs.
                 self._next += FLUSH_INTERVAL / len(self._live)
         # All had their turn, so nothing is left to make up for, were the disk late by many rounds.
         self._next = max(self._next, now)
 
+    def _goes_on(self, live: Live) -> bool:
+        try:
+            return live.flush()
+        except Exception:
+            # Whatever it is: the thread writes for others too.
+            failures.add()
+            log.exception("a recording is not written any more")
+            return False
+
     def _finish(self) -> None:
         while True:
             self._run(*self._finishing.get(), 1)
+
+    def _sync(self) -> None:
+        while True:
+            self._run(*self._syncing.get(), 3)
 
     def _encode(self) -> None:
         while True:
