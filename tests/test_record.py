@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from streamsink import disk
 from streamsink.audio import Samples, Track
 from streamsink.processor import Chain
 from streamsink.processors import record, recording, writer
@@ -513,6 +515,12 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def fill(disk: Path) -> None:
+    with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+
+
 @pytest.fixture
 def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "RETRY", 0.0)
@@ -689,6 +697,128 @@ async def test_what_a_disk_does_not_keep_up_with_is_a_gap(tmp_path: Path, monkey
     told = sidecar(tmp_path / f"{STEM}.json")
     assert told["gaps"] == [{"track": "inbound", "start_seconds": 0.2, "seconds": 0.06}]
     assert told["complete"] is False
+
+
+async def test_what_the_far_end_heard_is_a_gap_too_where_the_disk_does_not_keep_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "MOST_PENDING", 10)
+    stream = make_stream(tmp_path, may_speak=True)
+    processor = await started(stream)
+    stuck = threading.Event()
+    waiting = writer.writer.run(lambda: held(stuck))
+    processor.on_frame(frame(counting(0, 2240)))
+    for start in range(0, 2080, 160):
+        processor.on_played(frame(counting(start + 1, 160), start, track=Track.OUTBOUND))
+    stuck.set()
+    await waiting
+    await until(lambda: not processor._heard)
+    processor.on_played(frame(counting(2081, 160), 2080, track=Track.OUTBOUND))
+    await ended(stream, processor)
+    wanted = counting(1, 2240)
+    wanted[1600:2080] = 0
+    assert read(tmp_path / f"{STEM}.wav")[:, 1].tolist() == wanted.tolist()
+    told = sidecar(tmp_path / f"{STEM}.json")
+    assert told["gaps"] == [{"track": "played", "start_seconds": 0.2, "seconds": 0.06}]
+    assert (told["complete"], told["error"]) == (False, "the disk did not keep up")
+
+
+async def test_a_disk_that_hangs_at_the_start_costs_nothing_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "START_WAITS", 0.0)
+    stuck = threading.Event()
+    waiting = writer.writer.run(lambda: held(stuck))
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    processor.on_frame(frame(counting(0, 8000)))
+    assert names(tmp_path) == []
+    assert "the disk is slow" in capsys.readouterr().out
+    stuck.set()
+    await waiting
+    processor.on_frame(frame(counting(8000, 160), 8000))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.wav").tolist() == counting(0, 8160).tolist()
+    assert sidecar(tmp_path / f"{STEM}.json")["complete"] is True
+
+
+async def test_what_a_disk_has_lost_ends_the_file_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry_at_once: None
+) -> None:
+    """The kernel tells of it once, by whichever fsync comes first."""
+    monkeypatch.setattr(recording, "SYNC_INTERVAL", 0.0)
+    monkeypatch.setattr(writer, "FLUSH_INTERVAL", 0.01)
+    failing = [OSError(errno.EIO, "Input/output error")]
+    fdatasync = os.fdatasync
+
+    def lossy(fd: int) -> None:
+        if failing:
+            raise failing.pop()
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", lossy)
+    before = writer.failures.count
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    processor.on_frame(frame(counting(0, 8000)))
+    await until(lambda: (tmp_path / f"{STEM}.json").exists())
+    processor.on_frame(frame(counting(8000, 8000), 8000))
+    await ended(stream, processor)
+    told = sidecar(tmp_path / f"{STEM}.json")
+    assert (told["complete"], told["error"]) == (False, "Input/output error")
+    assert writer.failures.count == before + 1
+    (after,) = continued(tmp_path)
+    assert read(after).tolist() == counting(8000, 8000).tolist()
+
+
+async def test_a_long_sidecar_survives_a_full_disk(tiny_disk: Path, retry_at_once: None) -> None:
+    stream = make_stream(tiny_disk)
+    processor = await started(stream)
+    for number in range(300):
+        processor.on_frame(frame(counting(0, 160), 160 + number * 320, lost=160))
+    await until(lambda: not processor._pending)
+    fill(tiny_disk)
+    processor.on_frame(frame(counting(0, 160_000), 96_000))
+    await until(lambda: (tiny_disk / f"{STEM}.json").exists())
+    await ended(stream, processor)
+    told = sidecar(tiny_disk / f"{STEM}.json")
+    assert (told["stream_sid"], len(told["gaps"]), told["error"]) == ("7d56", 300, "No space left on device")
+
+
+class Room:
+    """A disk on which there is so much."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = 10**6
+        monkeypatch.setattr(disk, "free", lambda folder: self.free)
+
+
+async def test_no_room_for_the_next_segment_costs_nothing_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry_at_once: None
+) -> None:
+    room = Room(monkeypatch)
+    stream = make_stream(tmp_path, tracks=(Track.INBOUND, Track.OUTBOUND), disk=disk.DiskSpace(1000))
+    processor = await started(stream, segment=1)
+    processor.on_frame(frame(counting(1, 7000)))
+    processor.on_frame(frame(counting(1, 4000), track=Track.OUTBOUND))
+    await until(lambda: not processor._pending)
+    room.free = 10
+    # One voice is past the segment's end, the other within it.
+    processor.on_frame(frame(counting(7001, 1500), 7000))
+    processor.on_frame(frame(counting(4001, 4000), 4000, track=Track.OUTBOUND))
+    await until(lambda: not processor._pending)
+    await writer.writer.run(lambda: None)
+    room.free = 10**6
+    processor.on_frame(frame(counting(1, 500), 8500))
+    await ended(stream, processor)
+    first = read(tmp_path / f"{STEM}.wav")
+    assert first.T.tolist() == [counting(1, 8000).tolist()] * 2
+    told = sidecar(tmp_path / f"{STEM}.json")
+    assert (told["complete"], told["error"], told["continues"]) == (True, None, True)
+    # The next one tells what is in no file.
+    second = sidecar(tmp_path / f"{STEM}~002.json")
+    assert (second["start_seconds"], second["missing_seconds"], second["complete"]) == (8500 / 8000, 500 / 8000, False)
+    assert read(tmp_path / f"{STEM}~002.wav")[:, 0].tolist() == counting(1, 500).tolist()
 
 
 async def test_a_start_that_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -339,6 +339,37 @@ async def test_a_recording_ends_after_its_longest_duration(segment: float | None
     assert told(tmp_path / f"{STEM}.json")["complete"] is True
 
 
+@pytest.mark.parametrize("segment", [None, 0.0075])
+async def test_a_loss_that_runs_beyond_the_longest_duration_is_silence_up_to_it(
+    segment: float | None, tmp_path: Path
+) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream, max_duration=0.05, segment=segment)
+    processor.on_frame(frame(counting(1, 160)))
+    processor.on_frame(frame(counting(0, 160), 800, lost=640))
+    await ended(stream, processor)
+    parts = [tmp_path / f"{STEM}.wav", *continued(tmp_path, "wav")]
+    assert np.concatenate([read(path) for path in parts]).tolist() == [*range(1, 161), *[0] * 240]
+    assert len(parts) == (1 if segment is None else 7)
+    gaps = [gap for path in parts for gap in told(path.with_suffix(".json"))["gaps"]]
+    assert sum(gap["seconds"] for gap in gaps) == pytest.approx(0.03)
+
+
+async def test_a_recording_of_two_voices_that_has_its_longest_duration_is_there_while_the_call_goes_on(
+    tmp_path: Path,
+) -> None:
+    stream = make_stream(tmp_path, may_speak=True)
+    processor = await started(stream, max_duration=1)
+    for start in range(0, 8000 * 12, 8000):
+        processor.on_frame(frame(counting(start, 8000), start))
+    async with asyncio.timeout(20):
+        while not (tmp_path / f"{STEM}.json").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert len(read(tmp_path / f"{STEM}.wav")) == 8000
+    await ended(stream, processor)
+    assert names(tmp_path) == [f"{STEM}.json", f"{STEM}.wav"]
+
+
 # --- Trimming --------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +399,29 @@ async def test_a_recording_that_is_all_silence_is_left_whole(tmp_path: Path) -> 
     processor.on_frame(filled(100, n=8000))
     await ended(stream, processor)
     assert read(tmp_path / f"{STEM}.wav").tolist() == [100] * 8000
+
+
+async def test_a_side_that_never_speaks_is_as_long_as_the_other(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, tracks=(IN, OUT))
+    processor = await started(stream, trim="silence", layout="separate")
+    processor.on_frame(filled(0, n=8000))
+    processor.on_frame(filled(1000, 8000, n=800))
+    processor.on_frame(filled(0, 8800, n=8000))
+    processor.on_frame(filled(0, n=16_800, track=OUT))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.inbound.wav").tolist() == [0] * 800 + [1000] * 800 + [0] * 800
+    assert read(tmp_path / f"{STEM}.outbound.wav").tolist() == [0] * 2400
+
+
+async def test_the_end_of_the_longest_duration_is_trimmed_as_the_recordings(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream, trim="silence", max_duration=2, segment=1)
+    processor.on_frame(filled(1000, n=8100))
+    processor.on_frame(filled(0, 8100, n=20_000))
+    await ended(stream, processor)
+    assert len(read(tmp_path / f"{STEM}.wav")) == 8000
+    assert len(read(tmp_path / f"{STEM}~002.wav")) == 100 + 800
+    assert [told(tmp_path / f"{STEM}{part}.json")["continues"] for part in ("", "~002")] == [True, False]
 
 
 async def test_only_the_ends_of_the_whole_are_trimmed(tmp_path: Path) -> None:
@@ -421,6 +475,51 @@ async def test_a_pause_is_silence_of_its_length_that_never_reaches_the_disk(tmp_
         {"start_seconds": 0.08, "seconds": 0.02},
     ]
     assert told(tmp_path / f"{STEM}.json")["complete"] is True
+
+
+async def test_a_pause_spares_what_was_said_before_it_however_late_it_comes(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, tracks=(IN, OUT))
+    processor = await started(stream)
+    processor.on_frame(filled(1, n=800))
+    processor.pause()
+    # The other track is behind: it spoke before, and then during the pause.
+    processor.on_frame(filled(2, n=600, track=OUT))
+    processor.on_frame(filled(3, 600, n=600, track=OUT))
+    processor.on_frame(filled(4, 800, n=400))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.wav").T.tolist() == [
+        [1] * 800 + [0] * 400,
+        [2] * 600 + [3] * 200 + [0] * 400,
+    ]
+
+
+async def test_what_was_said_in_a_pause_is_silenced_though_it_comes_after_it(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    now = 100.0
+    processor._clock = lambda: now
+    processor.on_frame(filled(1, n=800))
+    processor.pause()
+    now += 0.25
+    processor.resume()
+    # The network held back what was said meanwhile: a quarter of a second, and what came after.
+    for start in range(800, 4000, 160):
+        processor.on_frame(filled(2, start))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.wav").tolist() == [1] * 800 + [0] * 2000 + [2] * 1200
+    assert told(tmp_path / f"{STEM}.json")["pauses"] == [{"start_seconds": 0.1, "seconds": 0.25}]
+
+
+async def test_a_pause_of_no_length_is_none(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path)
+    processor = await started(stream, pause_digit="#")
+    processor.on_frame(filled(1))
+    processor.on_dtmf("#", 100)
+    processor.on_dtmf("#", 100)
+    processor.on_frame(filled(2, 160))
+    await ended(stream, processor)
+    assert read(tmp_path / f"{STEM}.wav").tolist() == [1] * 160 + [2] * 160
+    assert told(tmp_path / f"{STEM}.json")["pauses"] == []
 
 
 async def test_pauses_are_told_in_each_segment_they_reach_into(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ import pytest
 import soundfile
 
 from streamsink.audio import Track
-from streamsink.processors import segment
+from streamsink.processors import files, segment
+from streamsink.processors import repair as repair_module
 from streamsink.processors import sidecar as sidecar_module
 from streamsink.processors.record import Record
 from streamsink.processors.repair import JUST_MADE, Repaired, repair, repair_all
@@ -34,6 +35,7 @@ from tests.streams import counting, frame, make_stream
 
 STEM = "20261120T204218Z_front_desk"
 KILLS = 20
+BOTH = (Track.INBOUND, Track.OUTBOUND)
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +57,16 @@ def later() -> float:
     return time.time() + 2 * JUST_MADE
 
 
-async def left_behind(folder: Path, to: Path, samples: int = 8000, **options: Any) -> None:
+async def left_behind(folder: Path, to: Path, tracks: tuple[Track, ...] = (Track.INBOUND,), **options: Any) -> None:
     """What lies on the disk while a recording lives, as a crash would leave it: copied, since no lock goes along."""
-    stream = make_stream(folder)
+    stream = make_stream(folder, tracks=tracks)
     processor = Record(**options)
     await processor.on_start(stream)
-    processor.on_frame(frame(counting(0, samples // 2)))
-    processor.on_frame(frame(counting(samples // 2, samples // 2), samples // 2 + 800, lost=800))
+    for track in tracks:
+        processor.on_frame(frame(counting(0, 4000), track=track))
+        processor.on_frame(frame(counting(4000, 4000), 4800, lost=800, track=track))
+        if options.get("trim"):
+            processor.on_frame(frame(np.zeros(8000, np.int16), 8800, track=track))
     async with asyncio.timeout(20):
         while processor._pending:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -135,18 +140,23 @@ async def test_a_live_recording_is_left_alone(tmp_path: Path) -> None:
     assert list(repair(tmp_path)) == []
 
 
-@pytest.mark.parametrize("step", range(1, 7))
-@pytest.mark.parametrize("format", ["wav", "flac"])
-async def test_a_crash_between_any_two_steps_of_the_end_is_made_good(
-    format: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The end of a recording is cut short after each of its steps on disk, then done again."""
-    there = tmp_path / "there"
-    await left_behind(tmp_path / "live", there, format=format)
-    steps = 0
+class Crash(BaseException):
+    """The process ends here."""
 
-    class Crash(BaseException):
-        pass
+
+ENDINGS: dict[str, dict[str, Any]] = {
+    "wav": {},
+    "flac": {"format": "flac"},
+    "opus": {"format": "opus"},
+    "trimmed": {"trim": "silence"},
+    "separate": {"layout": "separate"},
+    "separate flac": {"layout": "separate", "format": "flac"},
+}
+
+
+def crashing(step: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Let what is done to names and sidecars end with a crash at a step; gives how many there were."""
+    steps = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -158,29 +168,201 @@ async def test_a_crash_between_any_two_steps_of_the_end_is_made_good(
 
         return call
 
-    with monkeypatch.context() as patch:
+    for module in (segment, repair_module):
         for name in ("give_name", "sync_folder"):
-            patch.setattr(segment, name, counted(getattr(segment, name)))
-        patch.setattr("streamsink.processors.sidecar.write", counted(sidecar_module.write))
-        patch.setattr("os.link", counted(os.link))
-        patch.setattr("os.unlink", counted(os.unlink))
-        with contextlib.suppress(Crash):
-            list(repair(there))
-    # What a dead process had open is closed.
+            patch.setattr(module, name, counted(getattr(module, name)))
+    patch.setattr("streamsink.processors.sidecar.write", counted(sidecar_module.write))
+    patch.setattr("os.link", counted(os.link))
+    patch.setattr("os.unlink", counted(os.unlink))
+    return lambda: steps
+
+
+def let_go(folder: Path) -> None:
+    """What a dead process had open is closed."""
     gc.collect()
     for descriptor in os.listdir("/proc/self/fd"):
         try:
-            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(there)):
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{folder}/"):
                 os.close(int(descriptor))
         except OSError:
             continue
-    list(repair(there))
-    assert names(there) == sorted([f"{STEM}.json", f"{STEM}.{format}"])
-    assert soundfile.read(there / f"{STEM}.{format}", dtype="int16")[0].tolist() == WANTED
-    assert (
-        told(there / f"{STEM}.json")["sha256"] == hashlib.sha256((there / f"{STEM}.{format}").read_bytes()).hexdigest()
-    )
-    assert list(repair(there)) == []
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What is there: for each sidecar what it tells, but for digests, and every file's samples."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            sidecar = found[path.name] = told(path)
+            for file in sidecar["files"]:
+                assert file.pop("sha256") == hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest()
+            del sidecar["sha256"]
+        elif path.suffix == ".opus":
+            # Each stream of it has a serial number of its own.
+            found[path.name] = soundfile.info(path).frames
+        else:
+            found[path.name] = soundfile.read(path, dtype="int16")[0].tolist()
+    return found
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_crash_between_any_two_steps_of_the_end_is_made_good(ending: str, tmp_path: Path) -> None:
+    """What a crash has left is finished, which crashes after each of its steps on the disk; then it is done again."""
+    left = tmp_path / "left"
+    tracks = BOTH if "separate" in ending else (Track.INBOUND,)
+    await left_behind(tmp_path / "live", left, tracks=tracks, **ENDINGS[ending])
+    shutil.copytree(left, tmp_path / "whole")
+    list(repair(tmp_path / "whole"))
+    wanted = content(tmp_path / "whole")
+    assert len(wanted) == 1 + len(tracks)
+    step, crashed = 0, True
+    while crashed:
+        step += 1
+        there = tmp_path / str(step)
+        shutil.copytree(left, there)
+        crashed = False
+        with pytest.MonkeyPatch.context() as patch:
+            steps = crashing(step, patch)
+            try:
+                list(repair(there))
+            except Crash:
+                crashed = True
+        let_go(there)
+        list(repair(there, later))
+        assert content(there) == wanted, f"after step {step}"
+        assert list(repair(there, later)) == []
+    # Unlinking what was there before, two sidecars, a link and an unlink a name, the folder, and what is left over.
+    assert steps() == step - 1 > 12
+
+
+@pytest.mark.parametrize("ending", [ending for ending in ENDINGS if ending != "wav"])
+async def test_a_live_recording_that_dies_while_it_is_named_is_what_it_was_to_be(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder as it is before each name is given, without the locks of who lived: nothing of it is lost."""
+    live = tmp_path / "live"
+    give_name = files.give_name
+    copies: list[Path] = []
+
+    def copied(part: Path, path: Path) -> None:
+        if part.suffix == ".part" and live in path.parents:
+            copies.append(tmp_path / f"crash-{len(copies)}")
+            shutil.copytree(live, copies[-1])
+        give_name(part, path)
+
+    monkeypatch.setattr(segment, "give_name", copied)
+    tracks = BOTH if "separate" in ending else (Track.INBOUND,)
+    await left_behind(live, tmp_path / "unused", tracks=tracks, **ENDINGS[ending])
+    wanted = content(live)
+    assert wanted[f"{STEM}.json"]["complete"] is True
+    assert len(copies) == 1 + len(tracks)
+    for there in copies:
+        list(repair(there, later))
+        assert content(there) == wanted
+        assert list(repair(there, later)) == []
+
+
+async def test_made_files_that_are_not_what_was_made_are_made_again(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there, layout="separate", format="flac", trim="silence", tracks=BOTH)
+    shutil.copytree(there, tmp_path / "whole")
+    list(repair(tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "give_name", stopping_at(f"{STEM}.outbound.flac"))
+        with contextlib.suppress(Crash):
+            list(repair(there))
+    let_go(there)
+    # One has its name, the other was not kept.
+    (there / f"{STEM}.outbound.flac.part").write_bytes(b"fLaC")
+    list(repair(there, later))
+    assert content(there) == content(tmp_path / "whole")
+
+
+def stopping_at(name: str) -> Callable[[Path, Path], None]:
+    give_name = files.give_name
+
+    def stopping(part: Path, path: Path) -> None:
+        if path.name == name:
+            raise Crash
+        give_name(part, path)
+
+    return stopping
+
+
+async def test_only_the_recordings_end_is_trimmed_of_what_a_crash_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment whose successor has begun, when the process dies before it is finished."""
+    live, there = tmp_path / "live", tmp_path / "there"
+    settle = segment.Segment._settle
+
+    def copied(self: segment.Segment) -> None:
+        if not there.exists():
+            shutil.copytree(live, there)
+        settle(self)
+
+    monkeypatch.setattr(segment.Segment, "_settle", copied)
+    stream = make_stream(live)
+    processor = Record(trim="silence", segment=1)
+    await processor.on_start(stream)
+    processor.on_frame(frame(np.full(400, 2000, np.int16)))
+    processor.on_frame(frame(np.zeros(11_600, np.int16), 400))
+    processor.on_frame(frame(np.full(400, 2000, np.int16), 12_000))
+    await processor.on_stop("stop")
+    list(repair(there, later))
+    first, second = sorted(there.glob("*.wav"))
+    assert (first.stem, second.stem) == (STEM, f"{STEM}~002")
+    assert len(soundfile.read(first)[0]) == 8000
+
+
+async def test_pauses_and_losses_are_told_of_by_what_a_crash_leaves(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path / "live")
+    processor = Record()
+    await processor.on_start(stream)
+    processor._recording._synced_at = time.monotonic()
+    processor.on_frame(frame(np.full(800, 5, np.int16)))
+    processor.pause()
+    processor.on_frame(frame(np.full(32_000, 5, np.int16), 800))
+    processor._resume_at(processor._head)
+    processor.on_frame(frame(np.full(800, 5, np.int16), 32_800 + 800, lost=800))
+    async with asyncio.timeout(20):
+        while processor._pending:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await writer.run(lambda: None)
+    await asyncio.to_thread(shutil.copytree, tmp_path / "live", tmp_path / "there")
+    await processor.on_stop("stop")
+    list(repair(tmp_path / "there"))
+    for folder in ("live", "there"):
+        sidecar = told(tmp_path / folder / f"{STEM}.json")
+        assert sidecar["pauses"] == [{"start_seconds": 0.1, "seconds": 4.0}]
+        assert sidecar["gaps"] == [{"track": "inbound", "start_seconds": 4.1, "seconds": 0.1}]
+
+
+async def test_a_name_that_ends_like_one_side_of_anothers_is_nobodys_side(tmp_path: Path) -> None:
+    live, there = tmp_path / "live", tmp_path / "there"
+    processors = []
+    for number, name in enumerate(("x", "x.inbound")):
+        processors.append(Record())
+        await processors[-1].on_start(make_stream(live, name=name, sid=name))
+        processors[-1].on_frame(frame(counting(number, 800)))
+    async with asyncio.timeout(20):
+        while any(processor._pending for processor in processors):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await writer.run(lambda: None)
+    await asyncio.to_thread(shutil.copytree, live, there)
+    for processor in processors:
+        await processor.on_stop("stop")
+    list(repair(there, later))
+    for number, name in enumerate(("x", "x.inbound")):
+        stem = f"20261120T204218Z_{name}"
+        assert told(there / f"{stem}.json")["stream_sid"] == name
+        assert soundfile.read(there / f"{stem}.wav", dtype="int16")[0].tolist() == counting(number, 800).tolist()
+
+
+def test_what_is_no_file_keeps_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{STEM}.json.part")
+    (done,) = repair(tmp_path, later)
+    assert done.problem is not None
 
 
 async def test_what_is_there_already_is_not_overwritten(tmp_path: Path) -> None:

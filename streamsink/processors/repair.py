@@ -34,6 +34,8 @@ log = structlog.get_logger(__name__)
 JUST_MADE = 10.0
 """Seconds a reservation, or a file without a header, may be about to be used."""
 
+_MADE = ("flac", "ogg", "opus", "mp3", "trim")
+"""What is being made of a live WAV ends so, and with ``.part``."""
 _LIVE = re.compile(r"(?P<stem>.+?)(?:\.(?P<side>inbound|outbound))?\.wav\.part", re.DOTALL)
 _STEM = re.compile(r"(\d{8}T\d{6}Z)_(.*)", re.DOTALL)
 _LEFT = "the process ended before the recording did"
@@ -144,8 +146,7 @@ def _repair(folder: Path, stem: str, now: Callable[[], float]) -> Repaired | Non
         if told is not None:
             _undo(folder, told)
         for wav in wavs:
-            for ending in ("flac", "ogg", "opus", "mp3", "trim"):
-                wav.path.with_name(f"{wav.path.name.removesuffix('wav')}{ending}.part").unlink(missing_ok=True)
+            _discard(folder, wav.path.name)
         # From here on the segment closes them.
         stack.pop_all()
         return _finished(folder, stem, told, wavs)
@@ -240,11 +241,16 @@ def _undo(folder: Path, told: Sidecar) -> None:
             pause.start_seconds += cut.start_seconds
 
 
+def _discard(folder: Path, name: str) -> None:
+    """Delete what was being made of a recording, or has its final name too: a crash came between the two."""
+    for ending in _MADE:
+        (folder / f"{Path(name).stem}.{ending}.part").unlink(missing_ok=True)
+
+
 def _tidied(folder: Path, stem: str, told: Sidecar, wavs: list[WavPart]) -> Repaired:
     sync_folder(folder)
     for file in told.files:
-        # A crash between its two names leaves it both.
-        (folder / f"{file.name}.part").unlink(missing_ok=True)
+        _discard(folder, file.name)
     for wav in wavs:
         wav.part.unlink(missing_ok=True)
     (folder / f"{stem}.json.part").unlink(missing_ok=True)
