@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import soundfile
@@ -27,13 +28,34 @@ from streamsink import disk
 from streamsink.audio import Samples, Track
 from streamsink.processor import Chain
 from streamsink.processors import record, recording, writer
+from streamsink.processors import sidecar as sidecars
 from streamsink.processors.record import Record
+from streamsink.processors.sidecar import Gap, Sidecar
 from streamsink.processors.wav import WavPart
 from streamsink.stream import Stream
 from tests.streams import Counts, counting, frame, make_stream
 
 STEM = "20261120T204218Z_front_desk"
 BOTH = (Track.INBOUND, Track.OUTBOUND)
+
+
+SIDECAR: dict[str, Any] = {
+    "stream_sid": "7d56",
+    "call_sid": None,
+    "account_sid": None,
+    "name": None,
+    "codec": "PCMU",
+    "sample_rate": 8000,
+    "started_at": "2026-11-20T20:42:18Z",
+    "duration_seconds": 0.0,
+    "custom_parameters": {},
+    "gaps": [],
+    "sha256": None,
+    "processors": ["record"],
+    "close_code": None,
+    "close_reason": "",
+    "complete": False,
+}
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -253,6 +275,7 @@ import asyncio, sys
 from pathlib import Path
 from streamsink.audio import Track
 from streamsink.processors.record import Record
+from streamsink.processors.sidecar import Gap, Sidecar
 from streamsink.processors.wav import WavPart
 from tests.streams import counting, frame, make_stream
 
@@ -429,6 +452,7 @@ GIVEN_UP = """
 import asyncio, os, sys, threading
 from pathlib import Path
 from streamsink.processors import record, recording, writer
+from streamsink.processors import sidecar as sidecars
 from streamsink.processors.record import Record
 from tests.streams import counting, frame, make_stream
 
@@ -783,6 +807,30 @@ async def test_a_long_sidecar_survives_a_full_disk(tiny_disk: Path, retry_at_onc
     await ended(stream, processor)
     told = sidecar(tiny_disk / f"{STEM}.json")
     assert (told["stream_sid"], len(told["gaps"]), told["error"]) == ("7d56", 300, "No space left on device")
+
+
+def test_a_sidecar_that_finds_no_room_is_left_as_it_was(tiny_disk: Path) -> None:
+    path = tiny_disk / f"{STEM}.json.part"
+    told = msgspec.convert(SIDECAR, Sidecar)
+    sidecars.write(path, told)
+    fill(tiny_disk)
+    with pytest.raises(OSError, match="No space left"):
+        sidecars.write(path, msgspec.structs.replace(told, stream_sid="other", gaps=[Gap("inbound", 1, 2)] * 500))
+    assert sidecars.read(path) == told
+    # What fits is taken, and a final one too.
+    sidecars.write(path, msgspec.structs.replace(told, stream_sid="other", complete=True), final=True)
+    assert json.loads(path.read_text())["stream_sid"] == "other"
+
+
+def test_a_sidecar_tells_of_thousands_of_gaps_a_line_each_and_of_parameters_that_look_like_them(tmp_path: Path) -> None:
+    gaps = [Gap("inbound", number / 4, 0.02) for number in range(3)]
+    told = msgspec.structs.replace(
+        msgspec.convert(SIDECAR, Sidecar), gaps=gaps, custom_parameters={"gaps": [], "x": '\n  "gaps": []'}
+    )
+    sidecars.write(tmp_path / "x.json", told, final=True)
+    lines = (tmp_path / "x.json").read_text().splitlines()
+    assert sum(line.startswith('    {"track":"inbound"') for line in lines) == 3
+    assert sidecars.read(tmp_path / "x.json") == told
 
 
 class Room:

@@ -16,10 +16,12 @@ import soundfile
 from streamsink.config import Pipeline, Settings
 from streamsink.endpoint import Endpoint
 from streamsink.metrics import Metrics
-from streamsink.plugins import find
+from streamsink.plugins import Plugin, find
+from streamsink.processor import Processor
 from streamsink.processors import writer
 from streamsink.processors.record import Record
 from streamsink.session import Session
+from streamsink.stream import Stream
 from streamsink.wire import PlatformWriter
 from tests.recording_child import Outlet
 
@@ -85,3 +87,52 @@ async def test_an_hour_is_an_hour_at_any_skew_and_through_a_step_of_the_wall_clo
     assert len(heard) == FRAME
     told = json.loads(path.with_suffix(".json").read_text())
     assert (told["gaps"], told["complete"]) == ([], True)
+
+
+class Talks(Processor):
+    """Plays when it is told to."""
+
+    async def on_start(self, stream: Stream) -> None:
+        self.stream = stream
+
+
+async def test_what_was_heard_is_recorded_lead_and_all_and_what_was_cleared_is_not(tmp_path: Path) -> None:
+    settings = Settings(recordings=tmp_path, pipelines={"default": Pipeline(processors=["record", "talks"])})
+    talking: list[Talks] = []
+
+    class Kept(Talks):
+        def __init__(self) -> None:
+            talking.append(self)
+
+    plugins = [find("record"), Plugin("talks", Kept, {})]
+    endpoint = Endpoint(settings, {"default": plugins}, Metrics(), asyncio.get_running_loop())
+    now = asyncio.get_running_loop().time()
+    endpoint.clock = lambda: now
+    session = Session(endpoint, Outlet(), path="/", pipeline="default", client="", token_name="", now=now)
+    platform = PlatformWriter("sid")
+    session.receive(platform.connected(), now)
+    session.receive(platform.start(account_sid="a", call_sid="c", encoding="L16", sample_rate=8000), now)
+    await until(lambda: bool(list(tmp_path.glob("*.wav.part"))))
+    await writer.writer.run(lambda: None)
+    ours = (np.arange(8000) % 3000 + 1).astype(np.int16)
+    for number in range(100):
+        now += 0.02
+        payload = np.full(160, -number - 1, "<i2").tobytes()
+        session.receive(platform.media(payload, chunk=number + 1, timestamp_ms=number * 20), now)
+        if number == 20:
+            talking[0].stream.play(ours, 8000)
+        if number == 50:
+            # 0.6 s of it were heard by now, and 0.1 s lie in the far end's queue.
+            talking[0].stream.clear()
+        endpoint.pacer.tick(now)
+    session.receive(platform.stop(), now)
+    await session.done.wait()
+    (path,) = await asyncio.to_thread(lambda: list(tmp_path.glob("*.wav")))
+    left, right = soundfile.read(path, dtype="int16")[0].T
+    assert left[:16_000].tolist() == np.repeat(-np.arange(1, 101), 160).tolist()
+    (heard,) = np.nonzero(right)
+    # From its first sample on, from when it was played, in one piece.
+    assert right[heard[0] : heard[-1] + 1].tolist() == ours[: len(heard)].tolist()
+    assert abs(heard[0] - 21 * 160) <= 160
+    assert abs(len(heard) - 0.6 * 8000) <= 320
+    assert json.loads(path.with_suffix(".json").read_text())["complete"] is True

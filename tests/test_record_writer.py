@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from streamsink.audio import Track
 from streamsink.processors import recording, writer
 from streamsink.processors.record import Record
 from streamsink.processors.writer import FLUSH_INTERVAL, Writer
@@ -141,6 +144,99 @@ async def test_what_is_written_is_on_the_disk_for_good_after_ten_seconds(
     assert max(after - before for before, after in pairwise(times)) <= 10.0
     # And it was the audio of until then that was brought there.
     assert all(size >= 44 + (at - began) * 16_000 for at, size in synced)
+
+
+async def test_every_open_file_and_its_sidecar_are_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both files of both segments that are open while one voice is behind, whoever else waits for the disk."""
+    monkeypatch.setattr(recording, "SYNC_INTERVAL", 0.0)
+    kept: set[str] = set()
+    everything = {
+        f"20261120T204218Z_front_desk{part}.{ending}.part"
+        for part in ("", "~002")
+        for ending in ("inbound.wav", "outbound.wav", "json")
+    }
+
+    def noted(name: str) -> None:
+        sync = getattr(os, name)
+
+        def call(fd: int) -> None:
+            sync(fd)
+            kept.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+        monkeypatch.setattr(os, name, call)
+
+    noted("fsync")
+    noted("fdatasync")
+    stuck = threading.Event()
+    for _ in range(writer.FINISHERS):
+        writer.writer.finish(lambda: _held(stuck))
+    try:
+        processor = Record(layout="separate", segment=1)
+        await processor.on_start(make_stream(tmp_path, tracks=(Track.INBOUND, Track.OUTBOUND)))
+        processor.on_frame(frame(counting(0, 8100)))
+        async with asyncio.timeout(20):
+            while kept < everything:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        stuck.set()
+    await processor.on_stop("stop")
+
+
+async def test_a_finished_recording_is_on_the_disk_for_good_name_and_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, write = os.fsync, os.pwrite
+
+    def synced(fd: int) -> None:
+        fsync(fd)
+        done.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
+
+    def written(fd: int, data: bytes, offset: int) -> int:
+        done.append(f"write {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
+        return write(fd, data, offset)
+
+    processor = Record()
+    await processor.on_start(make_stream(tmp_path))
+    processor.on_frame(frame(counting(0, 8000)))
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "pwrite", written)
+    await processor.on_stop("stop")
+    stem = "20261120T204218Z_front_desk"
+    # The audio after the last of it, the sidecar after what it tells, the folder after the names.
+    last = [step for step in done if step.startswith("fsync")]
+    assert [step for step in done if ".wav" in step][-1] == f"fsync {stem}.wav.part"
+    assert last[-2:] == [f"fsync {stem}.json.part", f"fsync {tmp_path.name}"]
+
+
+async def test_what_one_recording_does_wrong_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_log: Callable[[], str]
+) -> None:
+    bad, good = Record(), Record()
+    await bad.on_start(make_stream(tmp_path, name="bad"))
+    await good.on_start(make_stream(tmp_path, name="good"))
+
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(bad._recording, "_take", out_of_memory)
+    before = writer.failures.count
+    bad.on_frame(frame(counting(0, 160)))
+    async with asyncio.timeout(20):
+        while writer.failures.count == before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert "a recording is not written any more" in read_log()
+    good.on_frame(frame(counting(0, 160)))
+    await good.on_stop("stop")
+    assert (tmp_path / "20261120T204218Z_good.wav").stat().st_size == 44 + 320
+    with pytest.raises(MemoryError):
+        await bad.on_stop("stop")
+
+
+def _held(stuck: threading.Event) -> None:
+    assert stuck.wait(20)
 
 
 def _flushed(live: recording.Recording) -> None:

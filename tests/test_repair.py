@@ -30,6 +30,7 @@ from streamsink.processors.record import Record
 from streamsink.processors.repair import JUST_MADE, Repaired, repair, repair_all
 from streamsink.processors.wav import WavPart
 from streamsink.processors.writer import writer
+from tests.conftest import Serve
 from tests.recording_child import FORMATS, PTIME, spoken
 from tests.streams import counting, frame, make_stream
 
@@ -486,6 +487,22 @@ async def test_processes_that_repair_the_same_folder_at_once_share_the_work(form
         audio = there / f"{stem}.{format}"
         assert soundfile.read(audio, dtype="int16")[0].tolist() == WANTED
         assert told(audio.with_suffix(".json"))["sha256"] == hashlib.sha256(audio.read_bytes()).hexdigest()
+
+
+async def test_the_next_start_repairs_what_a_crash_has_left_wherever_recordings_go(
+    serve: Serve, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    await left_behind(tmp_path / "live", tmp_path / "recordings")
+    await left_behind(tmp_path / "live-too", elsewhere, format="flac")
+    await serve(processors=["record", f"record:directory={elsewhere}"])
+    for folder, ending in ((tmp_path / "recordings", "wav"), (elsewhere, "flac")):
+        async with asyncio.timeout(20):
+            while not (folder / f"{STEM}.json").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert names(folder) == sorted([f"{STEM}.json", f"{STEM}.{ending}"])
+        assert soundfile.read(folder / f"{STEM}.{ending}", dtype="int16")[0].tolist() == WANTED
+        assert told(folder / f"{STEM}.json")["complete"] is False
 
 
 # --- Twenty kills ----------------------------------------------------------------------------------------------------
