@@ -41,7 +41,7 @@ import soundfile
 from benchmarks.load import cpu_seconds
 from streamsink import log
 from streamsink.audio import Frame, Samples, Track
-from streamsink.codec import CodecSpec
+from streamsink.codec import CodecSpec, Resampler
 from streamsink.disk import DiskSpace
 from streamsink.loop import SWITCH_INTERVAL, new_event_loop
 from streamsink.processors.record import Record
@@ -53,7 +53,7 @@ PTIME = 0.02
 CALL = 60.0
 """Seconds after which, on average, one call has taken another's place."""
 FORMATS = ("wav", "flac", "opus")
-INLINE = {"wav": ("WAV", "PCM_16", 8000), "flac": ("FLAC", "PCM_16", 8000), "opus": ("OGG", "OPUS", 8000)}
+INLINE = {"wav": ("WAV", "PCM_16", 8000), "flac": ("FLAC", "PCM_16", 8000), "opus": ("OGG", "OPUS", 48_000)}
 IDLE = 6.0
 """Seconds for which the loop without recording is measured."""
 _WARM = 0.5
@@ -157,15 +157,17 @@ class _Recorded(_Way):
 class _Inline(_Way):
     """By soundfile, on the event loop."""
 
-    async def begin(self, number: int) -> soundfile.SoundFile:
+    async def begin(self, number: int) -> tuple[soundfile.SoundFile, Resampler | None]:
         container, subtype, rate = INLINE[self.name]
-        return soundfile.SoundFile(self.folder / f"{number}.x", "w", rate, 1, subtype, format=container)
+        file = soundfile.SoundFile(self.folder / f"{number}.x", "w", rate, 1, subtype, format=container)
+        return file, None if rate == 8000 else Resampler(8000, rate)
 
-    def frame(self, stream: soundfile.SoundFile, samples: Samples, step: int) -> None:
-        stream.write(samples)
+    def frame(self, stream: tuple[soundfile.SoundFile, Resampler | None], samples: Samples, step: int) -> None:
+        file, resampler = stream
+        file.write(samples if resampler is None else resampler.push(samples))
 
-    async def end(self, stream: soundfile.SoundFile) -> None:
-        stream.close()
+    async def end(self, stream: tuple[soundfile.SoundFile, Resampler | None]) -> None:
+        stream[0].close()
 
     def whole(self) -> int:
         return sum(soundfile.info(path).frames > 0 for path in self.folder.iterdir())
