@@ -6,8 +6,6 @@ import asyncio
 import http.client
 import io
 import logging
-import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
@@ -19,11 +17,10 @@ import structlog
 
 from streamsink import log
 from streamsink.config import Pipeline, Settings
-from streamsink.delivery.upload import parse_target
 from streamsink.loop import new_event_loop
 from streamsink.server import Server
 from tests.peer import ADMIN_TOKEN, LISTENER, TOKEN, Running
-from tests.stores import BUCKET, S3, Faults, Preconditions, served
+from tests.stores import BUCKET, S3, GoogleStorage, google_storage
 
 _LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
 
@@ -112,28 +109,19 @@ def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> S3:
     return S3(s3_port, monkeypatch)
 
 
-@pytest.fixture
-def gcs(gcs_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """A server that speaks Google's API and has one bucket, as an endpoint's environment names it."""
-    faults = Faults(gcs_port)
-    with served(Preconditions, faults=faults) as port:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        # Nobody's own account, nor a look for one.
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.devnull)
-        monkeypatch.setenv("NO_GCE_CHECK", "true")
-        parse_target.cache_clear()
-        yield faults
-    parse_target.cache_clear()
-
-
 @pytest.fixture(scope="session")
-def gcs_port() -> Iterator[int]:
+def gs_port() -> Iterator[int]:
+    """A server that speaks Google Cloud Storage and has one bucket, but without its conditions and accounts."""
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs the extra test-gcs")
     pytest.importorskip("gcsfs", reason="needs the extra gcs")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
     server.start()
-    yield port
+    yield server._api._httpd.server_port
     server.stop()
+
+
+@pytest.fixture
+def gs(gs_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleStorage]:
+    """That server, as an endpoint's environment names it."""
+    with google_storage(gs_port, monkeypatch) as made:
+        yield made

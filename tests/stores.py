@@ -1,19 +1,18 @@
-"""Real S3- and Google-compatible servers, and a way to them on which things go wrong."""
+"""Servers that speak S3 and Google Cloud Storage, and a way to them on which things go wrong."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import os
-import re
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import quote
+from typing import Any, Protocol
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
@@ -69,10 +68,18 @@ class FaultyProxy(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def uploads(self) -> bool:
+        """Whether this request sends (a part of) a file."""
+        return self.command == "PUT"
+
+    def refuses(self, to: int, body: bytes) -> bool:
+        """Whether a condition of the request is not met that the server does not know of."""
+        return False
+
     def handle_any(self) -> None:
         faults: Faults = self.server.faults  # type: ignore[attr-defined]
         faults.requests.append(f"{self.command} {self.path}")
-        fault = faults.next() if self.command == "PUT" else ""
+        fault = faults.next() if self.uploads() else ""
         if self.headers.get("Expect") == "100-continue":
             self.send_response_only(100)
             self.end_headers()
@@ -94,10 +101,9 @@ class FaultyProxy(BaseHTTPRequestHandler):
         if fault == "500":
             self._answer(500, [], b"")
             return
-        self.pass_on(body, fault)
-
-    def pass_on(self, body: bytes, fault: str) -> None:
-        faults: Faults = self.server.faults  # type: ignore[attr-defined]
+        if self.refuses(faults.to, body):
+            self._answer(412, [], b"")
+            return
         upstream = http.client.HTTPConnection("127.0.0.1", faults.to, timeout=20)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -131,32 +137,41 @@ class FaultyProxy(BaseHTTPRequestHandler):
         pass
 
 
-class Preconditions(FaultyProxy):
-    """What the server behind it leaves out: ``ifGenerationMatch=0`` is for objects that are not there.
+class _GoogleProxy(FaultyProxy):
+    """The same for Google Cloud Storage, with ``ifGenerationMatch=0``: the emulator knows no conditions."""
 
-    Source: https://cloud.google.com/storage/docs/request-preconditions.
-    """
+    def uploads(self) -> bool:
+        return self.command == "POST" and self.path.startswith("/upload/")
 
-    def pass_on(self, body: bytes, fault: str) -> None:
-        faults: Faults = self.server.faults  # type: ignore[attr-defined]
-        if self.command == "POST" and "ifGenerationMatch=0" in self.path:
-            name = re.search(rb'"name": ?"([^"]+)"', body)
-            assert name is not None
-            there = http.client.HTTPConnection("127.0.0.1", faults.to, timeout=20)
-            there.request("GET", f"/storage/v1/b/{BUCKET}/o/{quote(name[1].decode(), safe='')}")
-            status = there.getresponse().status
-            there.close()
-            if status == 200:
-                error = {"error": {"code": 412, "message": "conditionNotMet"}}
-                self._answer(412, [("Content-Type", "application/json")], json.dumps(error).encode())
-                return
-        super().pass_on(body, fault)
+    def refuses(self, to: int, body: bytes) -> bool:
+        target = urlsplit(self.path)
+        query = parse_qs(target.query)
+        if query.get("ifGenerationMatch") != ["0"]:
+            return False
+        # It stands in the URL of an upload in parts, else in the first part of the body, which is JSON on one line.
+        name = query["name"][0] if "name" in query else json.loads(body.split(b"\n", 4)[3])["name"]
+        upstream = http.client.HTTPConnection("127.0.0.1", to, timeout=20)
+        try:
+            upstream.request("GET", f"{target.path.removeprefix('/upload')}/{quote(name, safe='')}")
+            return upstream.getresponse().status == http.HTTPStatus.OK
+        finally:
+            upstream.close()
 
-    do_POST = FaultyProxy.handle_any
+
+class Bucket(Protocol):
+    """A bucket of a kind, as an endpoint's environment names it."""
+
+    scheme: str
+
+    def store(self, prefix: str) -> ObjectStore: ...
+
+    def failing(self, *faults: str) -> AbstractContextManager[Faults]: ...
 
 
 class S3:
     """An S3-compatible server with one bucket, by the environment's ``AWS_ENDPOINT_URL``."""
+
+    scheme = "s3"
 
     def __init__(self, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.port = port
@@ -192,3 +207,45 @@ class S3:
             finally:
                 made.released.set()
         self.at(self.port)
+
+
+class GoogleStorage:
+    """A server as Google's with one bucket, by the environment's ``STORAGE_EMULATOR_HOST``."""
+
+    scheme = "gs"
+
+    def __init__(self, port: int, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.port = port
+        self._way = way
+        self._monkeypatch = monkeypatch
+        # Nobody's own account, and no question to the machine's metadata server.
+        monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+        monkeypatch.setenv("CLOUDSDK_CONFIG", "/nowhere")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        self.at(way)
+
+    def at(self, port: int) -> None:
+        self._monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        parse_target.cache_clear()
+
+    def store(self, prefix: str) -> ObjectStore:
+        return ObjectStore("gs", f"{BUCKET}/{prefix}")
+
+    @contextmanager
+    def failing(self, *faults: str) -> Iterator[Faults]:
+        """The way there has these faults for the next uploads; for stores made from now on."""
+        made = Faults(self.port, *faults)
+        with served(_GoogleProxy, faults=made) as port:
+            self.at(port)
+            try:
+                yield made
+            finally:
+                made.released.set()
+        self.at(self._way)
+
+
+@contextmanager
+def google_storage(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleStorage]:
+    """That server, over a way without faults."""
+    with served(_GoogleProxy, faults=Faults(port)) as way:
+        yield GoogleStorage(port, way, monkeypatch)

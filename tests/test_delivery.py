@@ -22,7 +22,7 @@ from streamsink.delivery import Delivery, verify, work
 from streamsink.errors import ConfigError
 from tests.peer import PATIENCE
 from tests.receiver import Receiver, receiving
-from tests.stores import BUCKET, S3, Faults
+from tests.stores import BUCKET, S3, GoogleStorage
 from tests.streams import SECRET
 from tests.test_child import wait_for_the_end_of
 
@@ -494,7 +494,7 @@ def test_a_recording_arrives_in_s3_whatever_fails(
     assert here.names == []
 
 
-def test_a_recording_arrives_at_google(here: Here, gcs: Faults, receiver: Receiver, tmp_path: Path) -> None:
+def test_a_recording_arrives_at_google(here: Here, gs: GoogleStorage, receiver: Receiver, tmp_path: Path) -> None:
     files = here.record()
     to = f"gs://{BUCKET}/{tmp_path.name}"
     here.deliver(upload=to, keep_local=False, on_complete=receiver.url)

@@ -280,10 +280,18 @@ class ObjectStore:
     def _files(self) -> Any:
         import fsspec
 
-        # What is read back is judged here, by its own hash: a store's idea of a checksum must not get in the way.
-        options = {"config_kwargs": {"response_checksum_validation": "when_required"}} if self._protocol == "s3" else {}
         # Listings are never kept: what others put there meanwhile counts.
-        files = fsspec.filesystem(self._protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+        if self._protocol == "gs":
+            from gcsfs.core import GCSFileSystem
+
+            # Not the one with support for zonal buckets: before each call it asks, over gRPC and by a right that an
+            # account which may upload need not have, what kind of bucket it is.
+            return GCSFileSystem(**options)
+        if self._protocol == "s3":
+            # What is read back is judged here, by its own hash: a store's idea of a checksum must not get in the way.
+            options["config_kwargs"] = {"response_checksum_validation": "when_required"}
+        files = fsspec.filesystem(self._protocol, **options)
         if self._protocol == "s3":
             files.close_session = _close_session
         return files
