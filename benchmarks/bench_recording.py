@@ -18,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import http.client
 import json
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -29,7 +31,8 @@ import tempfile
 import textwrap
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +45,7 @@ from benchmarks.load import cpu_seconds
 from streamsink import log
 from streamsink.audio import Frame, Samples, Track
 from streamsink.codec import CodecSpec, Resampler
+from streamsink.delivery import Delivery
 from streamsink.disk import DiskSpace
 from streamsink.loop import SWITCH_INTERVAL, new_event_loop
 from streamsink.processors.record import Record
@@ -56,6 +60,7 @@ FORMATS = ("wav", "flac", "opus")
 INLINE = {"wav": ("WAV", "PCM_16", 8000), "flac": ("FLAC", "PCM_16", 8000), "opus": ("OGG", "OPUS", 48_000)}
 IDLE = 6.0
 """Seconds for which the loop without recording is measured."""
+_BUCKET = "bench"
 _WARM = 0.5
 """Seconds before what is measured."""
 _TIME = struct.Struct("<d")
@@ -115,8 +120,14 @@ class _Stream(SimpleNamespace):
 class _Recorded(_Way):
     """By `record`, as the endpoint does."""
 
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(name, folder)
+        self.delivery = Delivery(folder, lambda: "")
+
     async def begin(self, number: int) -> Record:
-        processor = Record(format=self.name)  # type: ignore[arg-type]
+        processor = Record(format=self.name, **self.options)  # type: ignore[arg-type]
         stream: Any = _Stream(
             sid=str(number),
             call_sid=None,
@@ -133,6 +144,7 @@ class _Recorded(_Way):
             close_reason="",
             members=(),
             disk=DiskSpace(0),
+            delivery=self.delivery,
         )
         await processor.on_start(stream)
         return processor
@@ -154,6 +166,19 @@ class _Recorded(_Way):
         return sum(sidecar["complete"] and sidecar["format"] == self.name for sidecar in sidecars)
 
 
+class _Uploaded(_Recorded):
+    """The same, and each file is uploaded to S3 while others are recorded."""
+
+    options: Mapping[str, Any] = {"upload": f"s3://{_BUCKET}/calls"}
+
+    def rest(self) -> float:
+        while list(self.folder.glob(".delivery/*.json")):
+            time.sleep(0.05)
+        cpu = super().rest()
+        self.delivery.close(10)
+        return cpu
+
+
 class _Inline(_Way):
     """By soundfile, on the event loop."""
 
@@ -173,7 +198,7 @@ class _Inline(_Way):
         return sum(soundfile.info(path).frames > 0 for path in self.folder.iterdir())
 
 
-WAYS: dict[str, type[_Way]] = {"record": _Recorded, "inline": _Inline}
+WAYS: dict[str, type[_Way]] = {"record": _Recorded, "upload": _Uploaded, "inline": _Inline}
 
 
 def _children() -> list[str]:
@@ -262,11 +287,15 @@ async def _calls(way: _Way, streams: int, seconds: float) -> list[float]:
 def measure(way: str, name: str, streams: int, seconds: float) -> Measured:
     """Record in a process of its own, on one core, while another tells it the time."""
     command = [sys.executable, "-m", "benchmarks.bench_recording"]
-    with subprocess.Popen([*command, "tell"], stdout=subprocess.PIPE) as telling:
+    store: AbstractContextManager[dict[str, str]] = contextlib.nullcontext({})
+    if way == "upload":
+        store = _store()
+    with store as environment, subprocess.Popen([*command, "tell"], stdout=subprocess.PIPE) as telling:
         try:
             done = subprocess.run(
                 [*command, way, name, str(streams), str(seconds)],
                 check=True,
+                env={**os.environ, **environment},
                 stdin=telling.stdout,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -274,6 +303,36 @@ def measure(way: str, name: str, streams: int, seconds: float) -> Measured:
         finally:
             telling.kill()
     return Measured(*json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextlib.contextmanager
+def _store() -> Iterator[dict[str, str]]:
+    """An S3-compatible server with a bucket, in a process on the other core; gives the environment that names it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    cores = os.sched_getaffinity(0)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        os.sched_setaffinity(server.pid, {max(cores)})
+        try:
+            while True:
+                connection = http.client.HTTPConnection("127.0.0.1", port)
+                try:
+                    connection.request("PUT", f"/{_BUCKET}")
+                    assert connection.getresponse().status == 200
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.05)
+                finally:
+                    connection.close()
+            yield {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_DEFAULT_REGION": "eu-west-1",
+            }
+        finally:
+            server.kill()
 
 
 def _on_the_endpoint_s_loop(work: Awaitable[list[float]]) -> list[float]:
@@ -339,7 +398,10 @@ def run(out: Path, quick: bool = False) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in FORMATS:
-        for way, words in (("record", "`record`"), ("inline", "soundfile on the loop")):
+        ways = {"record": "`record`", "inline": "soundfile on the loop"}
+        if name == "wav":
+            ways["upload"] = "`record`, each file uploaded to S3"
+        for way, words in ways.items():
             m = measure(way, name, streams, seconds)
             lines.append(
                 f"| {words} | {name} | {m.cpu * 1000:.2f} | {1 / m.cpu:.0f} "

@@ -197,7 +197,7 @@ def test_lateness_is_counted_from_the_first_frame_and_the_lead() -> None:
     assert bench_playout.underruns([*arrivals, 10.11, 10.12, 10.2], since=10.12) == 1
 
 
-@pytest.mark.parametrize("way", ["record", "inline"])
+@pytest.mark.parametrize("way", ["record", "upload", "inline"])
 def test_recording_is_measured(way: str) -> None:
     measured = bench_recording.measure(way, "flac", streams=3, seconds=0.5)
     assert measured.cpu > 0
