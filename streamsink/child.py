@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -120,11 +121,13 @@ class BlockingChild:
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.module = module
+        # A process group of its own: Ctrl-C is for the endpoint. No session: each has its own share of a core on Linux,
+        # however nice those in it are (sched(7), autogroups), and calls were kept waiting for 4 ms and more.
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,
+            process_group=0,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -257,9 +260,10 @@ def be_nice(niceness: int, *, idle: bool = False) -> None:
         idle: Whether to run only on cores that nobody else wants, and leave them at once (SCHED_IDLE, see sched(7)).
     """
     os.nice(niceness)
-    with contextlib.suppress(OSError):
+    if os.getsid(0) == os.getpid():
         # To Linux each session is a group that gets its share of a core, however nice those in it are: sched(7).
-        Path("/proc/self/autogroup").write_text(str(niceness))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(niceness))
     if idle and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
@@ -300,7 +304,13 @@ def answer_all(reply: Callable[[Any], object], threads: int) -> None:
 
 @contextlib.contextmanager
 def _answers() -> Iterator[Callable[[object], None]]:
-    """Keep standard output for what is written here: what a library prints goes to standard error."""
+    """Keep standard output for what is written here: what a library prints goes to standard error.
+
+    The process ends with its input. Service managers send SIGTERM to all that they have started, and what drains then
+    still needs its children; no handler, unlike a signal that is ignored, is passed on to a program that is run here.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
     with open(os.dup(sys.stdout.fileno()), "wb") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

@@ -147,7 +147,8 @@ async def test_it_does_not_outlive_the_endpoint(module: str) -> None:
 
 def test_a_thread_s_child_answers_any_number_of_times(module: str) -> None:
     child = BlockingChild(module)
-    assert os.getsid(child.pid) == child.pid
+    # Ctrl-C is not for it.
+    assert os.getpgid(child.pid) == child.pid
     child.send({"pcm": b"\0" * 100_000, "times": 2})
     child.send({"pcm": b"x", "times": 1})
     assert [child.receive() for _ in range(3)] == [[b"\0" * 100_000, 0], [b"\0" * 100_000, 1], [b"x", 0]]
@@ -172,16 +173,36 @@ def test_a_thread_s_child_that_hangs_is_made_to_end(module: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs Linux's scheduler")
-@pytest.mark.parametrize(("idle", "policy"), [(False, os.SCHED_OTHER), (True, os.SCHED_IDLE)])
-def test_calls_go_first(idle: bool, policy: int, module: str) -> None:
+@pytest.mark.parametrize(("idle", "policy"), [(False, "SCHED_OTHER"), (True, "SCHED_IDLE")])
+def test_calls_go_first(idle: bool, policy: str, module: str) -> None:
     child = BlockingChild(module)
     child.send({"nice": 7, "idle": idle})
     assert child.receive() == os.getpriority(os.PRIO_PROCESS, 0) + 7
-    assert os.sched_getscheduler(child.pid) == policy
+    assert os.sched_getscheduler(child.pid) == getattr(os, policy)
+    # In a session of its own it would have as large a share of a core as all calls together.
+    assert os.getsid(child.pid) == os.getsid(0)
+    child.close()
+
+
+async def test_calls_go_first_before_a_child_with_a_session_too(module: str) -> None:
+    child = Child(module)
+    await child.start()
+    child.send({"nice": 7, "idle": False})
+    assert await child.receive() == os.getpriority(os.PRIO_PROCESS, 0) + 7
     group = Path(f"/proc/{child.pid}/autogroup")
-    if group.exists():
-        # Else it would have as large a share of a core as all calls together.
-        assert group.read_text().endswith("nice 7\n")
+    if await asyncio.to_thread(group.exists):
+        assert (await asyncio.to_thread(group.read_text)).endswith("nice 7\n")
+    await child.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_child_goes_on_while_the_endpoint_drains(number: signal.Signals, module: str) -> None:
+    child = BlockingChild(module)
+    child.send({"pcm": b"x", "times": 1})
+    child.receive()
+    os.kill(child.pid, number)
+    child.send({"pcm": b"y", "times": 1})
+    assert child.receive() == [b"y", 0]
     child.close()
 
 
