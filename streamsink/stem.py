@@ -54,7 +54,7 @@ def reserve(directory: Path, started_at: datetime, name: str) -> str:
             os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         except FileExistsError:
             continue
-        # What follows takes as long again: in between the event loop may have this core, as files.give_way says.
+        # What follows takes as long again: in between the event loop may have this core, as disk.give_way says.
         os.sched_yield()
         # A finished recording's .json.part is gone, its .json is there: so look only once the reservation stands.
         if not any(os.path.lexists(path) for path in _files(directory, stem)):

@@ -16,8 +16,6 @@ from streamsink.delivery.upload import Local, measure, parse_target, upload
 
 THREADS = 16
 """More than ever ask at once."""
-NICE = 5
-"""How much less than the endpoint's own this process's share of a busy core is."""
 
 
 def _measure(path: str) -> tuple[int, str] | None:
@@ -55,5 +53,5 @@ def reply(message: Any) -> object:
 if __name__ == "__main__":
     # What went wrong is told by who asked; at debug these libraries show credentials.
     logging.disable()
-    be_nice(NICE)
+    be_nice(19, idle=True)
     answer_all(reply, THREADS)

@@ -25,6 +25,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import structlog
 
+from streamsink.disk import give_way
+
 log = structlog.get_logger(__name__)
 
 FIRST_WAIT = 1.0
@@ -176,6 +178,7 @@ class Queue:
         Raises:
             OSError: It cannot be noted; the next start finds out by itself.
         """
+        give_way()
         self._path(id, "expected").rename(self._path(id, "upload"))
         self._enter(id, "upload", now)
 
@@ -300,6 +303,7 @@ class Queue:
         Raises:
             OSError: It cannot be; it will be done again.
         """
+        give_way()
         self._path(taken.id, taken.kind).unlink(missing_ok=True)
         self._forget(taken.id)
 
@@ -348,16 +352,19 @@ class Queue:
         except FileNotFoundError:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside = self._folder / f".new-{secrets.token_hex(8)}"
+        give_way()
         try:
             with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
                 file.write(msgspec.json.encode(job))
                 file.flush()
                 os.fsync(file.fileno())
+            give_way()
             aside.rename(self._path(id, kind))
         except OSError:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
             raise
+        give_way()
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)

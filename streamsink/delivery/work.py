@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from streamsink.child import SharedChild
 from streamsink.delivery import webhook
 from streamsink.delivery.queue import FIRST_WAIT, LONGEST_WAIT, File, Job, Kind, Post, Queue, Recording, Taken, new_id
+from streamsink.disk import give_way
 from streamsink.stem import MADE_ENDINGS
 
 log = structlog.get_logger(__name__)
@@ -230,6 +231,7 @@ class Delivery(Collector):
                     self._changed.wait(self._queue.wait(kind, self._clock()))
                 if self._closing.is_set():
                     return
+            give_way()
             try:
                 work(taken)
             except _NotYetError:
@@ -305,6 +307,7 @@ class Delivery(Collector):
             parts = _parts(folder, recording.stem)
             if parts and time.time() - _finished_at(folder, recording.stem) < PART_SECONDS:
                 raise _NotYetError(f"{parts[0].name} is not finished")
+            give_way()
             paths = _files(folder, recording.stem)
             if not any(path.suffix != ".json" for path in paths):
                 self._give_up(taken, "its files are no longer here", stem=recording.stem)

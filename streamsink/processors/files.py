@@ -10,17 +10,9 @@ import threading
 import time
 from pathlib import Path
 
+from streamsink.disk import give_way
+
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-
-
-def give_way() -> None:
-    """Let the event loop have this core, should it wait for it; for the threads that work on files, between two steps.
-
-    A thread that goes from one system call to the next keeps its core for a whole slice of time, 3 ms and more, and the
-    kernel gives it to nobody who wakes up in between. Measured on one core, while a file was being hashed: the loop was
-    kept waiting for 4 ms, and with this between pieces for 0.3.
-    """
-    os.sched_yield()
 
 
 def create(path: Path) -> int:

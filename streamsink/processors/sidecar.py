@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from streamsink.processors.files import give_way
+from streamsink.disk import give_way
 from streamsink.stream import Attendance
 
 _ROOM = 4096

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsink.audio import Samples
-from streamsink.processors.files import create, give_way
+from streamsink.disk import give_way
+from streamsink.processors.files import create
 
 _HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _LONGEST = 2**32 - _HEADER.size

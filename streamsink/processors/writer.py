@@ -22,7 +22,7 @@ import structlog
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from streamsink.processors.files import give_way
+from streamsink.disk import give_way
 
 log = structlog.get_logger(__name__)
 
