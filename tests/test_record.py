@@ -30,6 +30,7 @@ from streamsink.processor import Chain
 from streamsink.processors import record, recording, writer
 from streamsink.processors import sidecar as sidecars
 from streamsink.processors.record import Record
+from streamsink.processors.segment import Segment
 from streamsink.processors.sidecar import Gap, Sidecar
 from streamsink.processors.wav import WavPart
 from streamsink.stream import Stream
@@ -275,6 +276,7 @@ import asyncio, sys
 from pathlib import Path
 from streamsink.audio import Track
 from streamsink.processors.record import Record
+from streamsink.processors.segment import Segment
 from streamsink.processors.sidecar import Gap, Sidecar
 from streamsink.processors.wav import WavPart
 from tests.streams import counting, frame, make_stream
@@ -795,6 +797,24 @@ async def test_what_a_disk_has_lost_ends_the_file_and_is_told(
     assert read(after).tolist() == counting(8000, 8000).tolist()
 
 
+async def test_what_a_disk_has_lost_at_the_very_end_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = recording.Recording._prepare
+
+    def lost_meanwhile(self: recording.Recording, segment: Segment) -> None:
+        prepare(self, segment)
+        segment.lost = OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(recording.Recording, "_prepare", lost_meanwhile)
+    stream = make_stream(tmp_path)
+    processor = await started(stream)
+    processor.on_frame(frame(counting(0, 160)))
+    await ended(stream, processor)
+    told = sidecar(tmp_path / f"{STEM}.json")
+    assert (told["complete"], told["error"]) == (False, "Input/output error")
+
+
 async def test_a_long_sidecar_survives_a_full_disk(tiny_disk: Path, retry_at_once: None) -> None:
     stream = make_stream(tiny_disk)
     processor = await started(stream)
@@ -858,6 +878,9 @@ async def test_no_room_for_the_next_segment_costs_nothing_of_this_one(
     await writer.writer.run(lambda: None)
     room.free = 10**6
     processor.on_frame(frame(counting(1, 500), 8500))
+    await until(lambda: not processor._pending)
+    # The other voice comes to where no file is, and to the next one.
+    processor.on_frame(frame(counting(1, 1000), 8000, track=Track.OUTBOUND))
     await ended(stream, processor)
     first = read(tmp_path / f"{STEM}.wav")
     assert first.T.tolist() == [counting(1, 8000).tolist()] * 2
@@ -866,7 +889,7 @@ async def test_no_room_for_the_next_segment_costs_nothing_of_this_one(
     # The next one tells what is in no file.
     second = sidecar(tmp_path / f"{STEM}~002.json")
     assert (second["start_seconds"], second["missing_seconds"], second["complete"]) == (8500 / 8000, 500 / 8000, False)
-    assert read(tmp_path / f"{STEM}~002.wav")[:, 0].tolist() == counting(1, 500).tolist()
+    assert read(tmp_path / f"{STEM}~002.wav").T.tolist() == [counting(1, 500).tolist(), counting(501, 500).tolist()]
 
 
 async def test_a_start_that_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -269,9 +269,11 @@ class Recording:
                 # There was no room for its file.
                 upto = len(samples)
             elif segment is None:
-                # It came after its segment was closed.
-                upto = min(len(samples), self._open[0].start - start if self._open else len(samples))
-                self._too_late()
+                # It came after its segment was closed, or belongs where there was no room for one.
+                ahead = next((segment.start for segment in self._open if segment.start > start), None)
+                upto = len(samples) if ahead is None else min(len(samples), ahead - start)
+                if not self._open or start < self._open[0].start:
+                    self._too_late()
             else:
                 upto = len(samples) if segment.end is None else min(len(samples), segment.end - start)
                 segment.wavs[file].write(samples[:upto], start - segment.start, channel)
@@ -289,11 +291,9 @@ class Recording:
 
     def _segment_at(self, position: int) -> Segment | None:
         """The open segment a position falls into, made if it is ahead; None where it is closed or cannot be made."""
-        if self._open and position < self._open[0].start:
-            return None
         for segment in self._open:
             if segment.end is None or position < segment.end:
-                return segment
+                return segment if position >= segment.start else None
         while position >= self._border:
             # Silence has its files too. Behind a segment that broke, or has no successor yet, comes whatever there is.
             made = self._next(position if self._broke_at is not None else self._border)

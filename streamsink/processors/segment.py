@@ -164,6 +164,8 @@ class Segment:
             step()
 
     def _settle(self) -> None:
+        if self.lost is not None and self.sidecar.error is None:
+            self._note(self.lost)
         with self._failing():
             frames = self.frames
             for wav in self.wavs:
