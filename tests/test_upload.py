@@ -283,7 +283,7 @@ def test_targets_know_their_urls(s3: S3, tmp_path: Path) -> None:
     assert parse_target(f"{tmp_path.as_uri()}/a%20b").url("x.wav") == f"{tmp_path.as_uri()}/a%20b/x.wav"
     assert parse_target("s3://bucket/a/b/").url("x.wav") == "s3://bucket/a/b/x.wav"
     assert parse_target("s3://bucket").url("x.wav") == "s3://bucket/x.wav"
-    assert parse_target("gs://bucket/a").url("x.wav") == "gs://bucket/a/x.wav"
+    assert ObjectStore("gs", "bucket/a").url("x.wav") == "gs://bucket/a/x.wav"
 
 
 async def test_a_store_nobody_needs_is_closed_where_it_was_opened(s3: S3) -> None:
