@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -297,9 +298,13 @@ async def test_only_the_recordings_end_is_trimmed_of_what_a_crash_has_left(
     live, there = tmp_path / "live", tmp_path / "there"
     settle = segment.Segment._settle
 
+    def crash() -> None:
+        shutil.copytree(live, there)
+
+    both_written = threading.Barrier(2, action=crash, timeout=20)
+
     def copied(self: segment.Segment) -> None:
-        if not there.exists():
-            shutil.copytree(live, there)
+        both_written.wait()
         settle(self)
 
     monkeypatch.setattr(segment.Segment, "_settle", copied)
@@ -310,6 +315,7 @@ async def test_only_the_recordings_end_is_trimmed_of_what_a_crash_has_left(
     processor.on_frame(frame(np.zeros(11_600, np.int16), 400))
     processor.on_frame(frame(np.full(400, 2000, np.int16), 12_000))
     await processor.on_stop("stop")
+    monkeypatch.undo()
     list(repair(there, later))
     first, second = sorted(there.glob("*.wav"))
     assert (first.stem, second.stem) == (STEM, f"{STEM}~002")
