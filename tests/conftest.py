@@ -12,17 +12,25 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import hypothesis
 import pytest
 import structlog
 
 from streamsink import log
 from streamsink.config import Pipeline, Settings
 from streamsink.loop import new_event_loop
+from streamsink.processors import record
 from streamsink.server import Server
-from tests.peer import ADMIN_TOKEN, LISTENER, TOKEN, Running
+from tests.peer import ADMIN_TOKEN, LISTENER, PATIENCE, TOKEN, Running
 from tests.stores import BUCKET, S3, GoogleStorage, google_storage
 
 _LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
+
+# Nothing here may depend on how busy the machine is, or on luck.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +43,15 @@ def pytest_asyncio_loop_factories(
     if item.get_closest_marker("endpoint_loop"):
         return {"endpoint": new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk keeps nobody from reading what was recorded."""
+    monkeypatch.setattr(record, "START_WAITS", PATIENCE)
+    monkeypatch.setattr(record, "STOP_WAITS", PATIENCE)
+    # One of the two ends a processor's hooks.
+    monkeypatch.setattr(sys.modules["streamsink.processor"], "HOOK_TIMEOUT", 2 * PATIENCE)
 
 
 @pytest.fixture
@@ -61,8 +78,10 @@ class Serve(Protocol):
 
 
 @pytest.fixture
-async def serve(tmp_path: Path, read_log: Callable[[], str]) -> AsyncIterator[Serve]:
+async def serve(tmp_path: Path, read_log: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serve]:
     """Servers that run in the test's event loop, end with the test, and log no traceback."""
+    # Who loses the core for a moment is not slow.
+    monkeypatch.setattr(sys.modules["streamsink.processor"], "SLOW_CALL", PATIENCE)
     async with AsyncExitStack() as stack:
 
         async def start(**settings: Any) -> Running:

@@ -12,7 +12,7 @@ import ssl
 import struct
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -26,9 +26,10 @@ from streamsink.server import Server
 from streamsink.status import StatusEvent
 from streamsink.stream import Stream
 from streamsink.tls import CERTIFICATE_FILE
+from streamsink.web.http import HttpProtocol
 from streamsink.wire import PlatformWriter
 
-PATIENCE = 20.0
+PATIENCE = 50.0
 """Seconds a test waits for what must come; only a test that fails gets there."""
 TOKEN = "correct-horse-battery-staple"
 ADMIN_TOKEN = "admin-horse-battery-staple"
@@ -390,6 +391,18 @@ class Running:
             for name, value in lines
             if float(value) and name.removeprefix("streamsink_").startswith(prefixes)
         }
+
+    @contextlib.contextmanager
+    def head_deadline(self, seconds: float) -> Iterator[None]:
+        """Another deadline for the requests that are made meanwhile."""
+        assert self.server._uvicorn is not None
+        protocol = self.server._uvicorn.config.http_protocol_class
+        assert issubclass(protocol, HttpProtocol)
+        before, protocol.deadline = protocol.deadline, seconds
+        try:
+            yield
+        finally:
+            protocol.deadline = before
 
     async def streams_over(self, *but: HealthyStream) -> None:
         """Wait until every stream has ended, its files closed."""

@@ -27,6 +27,16 @@ LIBRIVOX = TESTDATA / "speech" / "librivox_0870_16k.wav"
 CODECS = ["PCMU", "PCMA@40i", "G722", "L16@16000h", "L16@24000h@40i"]
 
 
+# The simulator, but one that goes on waiting when the machine is busy with something else.
+SIMULATOR = """
+from streamsink.cli import main
+from streamsink.simulator import simulation
+
+simulation.GRACE = simulation.QUIET = 5.0
+main()
+"""
+
+
 class Served:
     """`python -m streamsink` as its own process."""
 
@@ -51,7 +61,7 @@ class Served:
         self.url = f"{match[1]}://localhost:{match[2]}/"
 
     def simulate(self, *arguments: str, file: Path = SPEECH) -> dict[str, Any]:
-        command = [sys.executable, "-m", "streamsink", "simulate", str(file), "--json", "--url", self.url]
+        command = [sys.executable, "-c", SIMULATOR, "simulate", str(file), "--json", "--url", self.url]
         result = subprocess.run(
             [*command, "--state", str(self.state), *arguments],
             capture_output=True,
@@ -66,6 +76,13 @@ class Served:
         self.process.send_signal(signal.SIGTERM)
         self.process.communicate(timeout=30)
         return self.process.returncode
+
+
+def without_holes(folder: Path) -> tuple[str, str]:
+    """Flags that send audio so early that a busy machine makes no holes in it."""
+    config = folder / "early.toml"
+    config.write_text("playout_lead_ms = 2000\n")
+    return "--config", str(config)
 
 
 def reference(codec: str, file: Path = SPEECH) -> tuple[Samples, int]:
@@ -87,7 +104,6 @@ def reference(codec: str, file: Path = SPEECH) -> tuple[Samples, int]:
 
 
 @pytest.mark.parametrize("file", [SPEECH, LIBRIVOX], ids=lambda file: file.stem)
-@pytest.mark.timeout(120)
 def test_every_codec_is_recorded_to_the_sample(file: Path, tmp_path: Path) -> None:
     if not file.exists():
         pytest.skip(f"no speech in {file.parent}: set STREAMSINK_TESTDATA")
@@ -118,7 +134,6 @@ def test_every_codec_is_recorded_to_the_sample(file: Path, tmp_path: Path) -> No
         assert told["custom_parameters"] == {"agent": "7"}
 
 
-@pytest.mark.timeout(120)
 def test_echo_loses_nothing_at_a_hundred_streams(tmp_path: Path) -> None:
     served = Served(tmp_path, "-p", "echo")
     report = served.simulate("--streams", "100", "--expect-echo", "--seconds", "2")
@@ -131,12 +146,11 @@ def test_echo_loses_nothing_at_a_hundred_streams(tmp_path: Path) -> None:
     assert served.stop() == 0
 
 
-@pytest.mark.timeout(120)
 def test_a_processor_of_ones_own_is_heard(tmp_path: Path) -> None:
     quiet = tmp_path / "question.wav"
     speech, rate = soundfile.read(SPEECH, dtype="int16")
     soundfile.write(quiet, np.concatenate([speech[:16_000], np.zeros(rate * 2, np.int16)]), rate)
-    served = Served(tmp_path, "-p", f"{ROOT}/examples/answer.py:Answer:pause=0.3")
+    served = Served(tmp_path, "-p", f"{ROOT}/examples/answer.py:Answer:pause=0.3", *without_holes(tmp_path))
     served.simulate("--codec", "L16@16000h", "--save", str(tmp_path / "reply.wav"), file=quiet)
     assert served.stop() == 0
     reply, _ = soundfile.read(tmp_path / "reply.wav", dtype="int16")
@@ -147,9 +161,8 @@ def test_a_processor_of_ones_own_is_heard(tmp_path: Path) -> None:
     assert reply[at : at + 3200].tolist() == said.tolist()
 
 
-@pytest.mark.timeout(120)
 def test_the_parrot_says_the_utterance_whole_and_once(tmp_path: Path) -> None:
-    served = Served(tmp_path, "--processor", "parrot")
+    served = Served(tmp_path, "--processor", "parrot", *without_holes(tmp_path))
     back = tmp_path / "back.wav"
     report = served.simulate("--save", str(back))
     assert served.stop() == 0
@@ -177,11 +190,12 @@ import sys
 
 from streamsink import Processor
 
-# The real limit is ten seconds.
-sys.modules["streamsink.processor"].HOOK_TIMEOUT = 0.5
-
 
 class Stubborn(Processor):
+    def on_frame(self, frame):
+        # The real limit is ten seconds. By now what needs them has started.
+        sys.modules["streamsink.processor"].HOOK_TIMEOUT = 0.5
+
     async def on_stop(self, reason):
         while True:
             try:
@@ -191,7 +205,6 @@ class Stubborn(Processor):
 """
 
 
-@pytest.mark.timeout(60)
 def test_a_hook_that_never_ends_does_not_keep_the_process(tmp_path: Path) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     served = Served(tmp_path, "-p", f"{tmp_path}/stubborn.py:Stubborn", "-p", "record")

@@ -251,13 +251,14 @@ async def test_a_body_of_64_kib_is_taken(serve: Serve, way: str) -> None:
 
 @pytest.mark.parametrize("first", [b"", request("GET", "/healthz")], ids=["alone", "pipelined"])
 async def test_a_slow_body_is_given_up(serve: Serve, first: bytes) -> None:
-    running = await serve(head_deadline=0.3)
+    running = await serve()
     healthy = await running.healthy()
-    peer = await running.connect()
-    peer.send(first + request("POST", path_of(running), FORM)[:-2] + b"Content-Length: 100\r\n\r\nhalf")
-    if first:
-        assert (await peer.response()).status == 200
-    response = await peer.response()
+    with running.head_deadline(1.0):
+        peer = await running.connect()
+        peer.send(first + request("POST", path_of(running), FORM)[:-2] + b"Content-Length: 100\r\n\r\nhalf")
+        if first:
+            assert (await peer.response()).status == 200
+        response = await peer.response()
     assert (response.status, response.headers["connection"]) == (408, "close")
     assert await peer.ended() == b""
     await healthy.finish()
@@ -265,11 +266,12 @@ async def test_a_slow_body_is_given_up(serve: Serve, first: bytes) -> None:
 
 @pytest.mark.parametrize("head", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
 async def test_a_slow_head_is_given_up(serve: Serve, head: bytes) -> None:
-    running = await serve(head_deadline=0.3)
+    running = await serve()
     healthy = await running.healthy()
-    peer = await running.connect()
-    peer.send(head)
-    assert (await peer.response()).status == 408
+    with running.head_deadline(1.0):
+        peer = await running.connect()
+        peer.send(head)
+        assert (await peer.response()).status == 408
     assert await peer.ended() == b""
     await healthy.finish()
     assert await running.counters("handshakes") == {'handshakes_refused_total{reason="timeout"}': 1.0}

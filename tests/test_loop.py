@@ -121,6 +121,7 @@ def test_a_server_without_tls_takes_no_deadline(factory: Callable[..., asyncio.A
 
 CLIENT = """
 import socket, sys
+sys.stdin.readline()
 connections = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(60)]
 echoed = 0
 for connection in connections:
@@ -145,13 +146,15 @@ def test_connections_beyond_the_open_file_limit_are_turned_away_and_later_ones_s
         counts = []
         for limit in (40, soft):
             client = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", CLIENT, str(address(server)[1]), stdout=asyncio.subprocess.PIPE
+                *(sys.executable, "-c", CLIENT, str(address(server)[1])),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
             )
             taken = os.dup(0)
             os.close(taken)
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, taken + limit), hard))
             async with asyncio.timeout(40):
-                output, _ = await client.communicate()
+                output, _ = await client.communicate(b"\n")
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             counts.append(int(output))
         server.close()

@@ -256,6 +256,7 @@ def test_what_is_far_behind_is_left_out() -> None:
     assert mixer.due == pytest.approx(60.0, abs=2 * TICK)
 
 
+@pytest.mark.timeout(600)
 def test_two_whose_clocks_differ_talk_for_an_hour() -> None:
     room = Virtual()
     room.step = 0.02

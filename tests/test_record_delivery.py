@@ -22,7 +22,7 @@ from streamsink.errors import ConfigError, ProcessorError
 from streamsink.processors.record import Record
 from streamsink.server import Server
 from tests.conftest import Serve
-from tests.peer import LISTENER, STOP, media, start
+from tests.peer import LISTENER, PATIENCE, STOP, media, start
 from tests.receiver import receiving
 from tests.stores import BUCKET, S3
 from tests.streams import SECRET, counting, frame, make_stream
@@ -34,7 +34,10 @@ def queued(folder: Path) -> list[str]:
     return [path.name for path in (folder / ".delivery").glob("*.json")]
 
 
-async def test_a_call_is_recorded_uploaded_and_told_of(serve: Serve, s3: S3, tmp_path: Path) -> None:
+async def test_a_call_is_recorded_uploaded_and_told_of(
+    serve: Serve, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamsink.server.DELIVERY_SECONDS", PATIENCE)
     with receiving() as receiver:
         to = f"s3://{BUCKET}/{tmp_path.name}"
         spec = f"record:upload={to},keep_local=false,on_complete={receiver.url}"

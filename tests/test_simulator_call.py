@@ -34,6 +34,12 @@ PCMU = CodecSpec.parse("PCMU")
 HEAD = '{"head": {"path": "/agent", "headers": [["host", "x"], ["authorization", "Bearer ***"]]}, "t": 0.0, "more": 1}'
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back late is not lost."""
+    monkeypatch.setattr("streamsink.simulator.simulation.GRACE", 20.0)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate for localhost and its key in one PEM file."""
@@ -67,6 +73,7 @@ def sound(tmp_path: Path) -> Path:
     return write_sound(tmp_path)
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("codec", ["PCMU", "PCMA@40i", "G722", "L16@16000h", "L16@24000h@40i"])
 async def test_an_echo_comes_back_whole_and_is_saved_as_it_was_heard(
     certificate: Path, sound: Path, tmp_path: Path, codec: str
@@ -135,6 +142,7 @@ async def test_the_upgrade_and_the_messages_are_what_the_platform_sends(certific
     }
 
 
+@pytest.mark.usefixtures("patient")
 async def test_streams_at_once_have_their_own_sids_and_a_short_file_is_played_again(
     certificate: Path, sound: Path
 ) -> None:
@@ -172,7 +180,11 @@ async def test_streams_at_once_have_their_own_sids_and_a_short_file_is_played_ag
         assert carried == [payloads[(chunk - 1) % 15 + 1] for chunk in chunks], stream
 
 
-async def test_replies_that_never_come_are_lost(certificate: Path, sound: Path) -> None:
+async def test_replies_that_never_come_are_lost(
+    certificate: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamsink.simulator.simulation.GRACE", 4.0)
+
     async def echo_most(connection: ServerConnection, message: dict[str, Any]) -> None:
         if message["event"] == "media" and message["media"]["chunk"] != "4":
             await echo(connection, message)
@@ -355,6 +367,7 @@ async def test_a_server_that_speaks_something_else_is_told(sound: Path) -> None:
     assert failure.startswith("what answers is no WebSocket endpoint")
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_capture_is_played_back_as_it_was(certificate: Path, sound: Path, tmp_path: Path) -> None:
     async with endpoint(certificate) as there:
         await simulate(SimulateOptions(file=sound, url=there.url, cafile=certificate, seconds=0.1))

@@ -126,8 +126,10 @@ sys.exit(run(options, {loop}.new_event_loop))
 async def test_a_terminal_sees_the_progress_and_the_table(sound: Path) -> None:
     program = """
 import sys, pathlib
-from streamsink.simulator import SimulateOptions, run
-sys.exit(run(SimulateOptions(file=pathlib.Path(sys.argv[1]), url=sys.argv[2])))
+from streamsink.simulator import SimulateOptions, run, simulation
+# What comes back late is not lost.
+simulation.GRACE = 20.0
+sys.exit(run(SimulateOptions(file=pathlib.Path(sys.argv[1]), url=sys.argv[2], expect_echo=True)))
 """
     terminal, its_end = os.openpty()
     try:

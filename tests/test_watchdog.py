@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from streamsink.watchdog import BEAT, BLOCKED, Watchdog
 
-PATIENCE = 20.0
+PATIENCE = 50.0
 
 
 def block(until: Callable[[], object]) -> None:

@@ -36,7 +36,7 @@ from streamsink.simulator.script import (
 
 CLOSE_TIMEOUT = 10.0
 """Seconds an endpoint has to answer our close."""
-GRACE = 1.0
+GRACE = 2.0
 """Seconds without a returned frame after which what is still missing counts as lost."""
 
 QUIET = 2.0
