@@ -68,7 +68,7 @@ def test_a_client_that_connects_and_says_nothing_is_cut_off(
         loop = asyncio.get_running_loop()
         server = await loop.create_server(Echo, "127.0.0.1", 0, ssl=context)
         reader, writer = await asyncio.open_connection(*address(server))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             assert await reader.read() == b""
         writer.close()
         server.close()
@@ -86,7 +86,7 @@ def test_tls_works_on_a_bound_socket_and_by_host(
     async def echoed(server: asyncio.Server) -> bytes:
         reader, writer = await asyncio.open_connection(*address(server), ssl=client, server_hostname="localhost")
         writer.write(b"x" * 100_000)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             data = await reader.readexactly(100_000)
         writer.close()
         await writer.wait_closed()
@@ -108,7 +108,7 @@ def test_a_server_without_tls_takes_no_deadline(factory: Callable[..., asyncio.A
         server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*address(server))
         writer.write(b"hello")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             data = await reader.readexactly(5)
         writer.close()
         await writer.wait_closed()

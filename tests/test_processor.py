@@ -397,7 +397,7 @@ async def test_an_async_hook_that_hangs_is_given_up(
 
     hanging, healthy, counts = Hanging(), Witness(), Counts()
     chain = chain_of(hanging, healthy, counts=counts)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         chain.start(stream)
         await turn()
         chain.frame(frame(counting(0, 160)))
@@ -407,7 +407,7 @@ async def test_an_async_hook_that_hangs_is_given_up(
     assert counts.errors == ["hanging"]
     assert "took longer than 0.02 s" in capsys.readouterr().out
     released.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         await left.wait()
 
 
@@ -430,7 +430,7 @@ async def test_stopping_can_itself_be_cancelled(stream: Stream) -> None:
     stopping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stopping
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         await left.wait()
     assert counts.errors == []
 
@@ -626,7 +626,7 @@ async def test_a_function_that_does_not_end_is_cancelled(stream: Stream, monkeyp
     chain = chain_of(endless(), counts=counts)
     chain.start(stream)
     await turn()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         await chain.stop("stop")
         await cancelled.wait()
     assert counts.errors == ["endless"]

@@ -257,7 +257,7 @@ async def test_a_segment_is_there_while_the_call_goes_on(tmp_path: Path) -> None
     stream = make_stream(tmp_path)
     processor = await started(stream, segment=0.5)
     processor.on_frame(frame(counting(0, 5000)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         while not (tmp_path / f"{STEM}.json").exists():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert read(tmp_path / f"{STEM}.wav").tolist() == list(range(4000))
@@ -273,7 +273,7 @@ async def test_what_comes_long_after_its_time_is_told_and_harms_nothing(
     stream = make_stream(tmp_path, may_speak=True)
     processor = await started(stream, segment=1)
     processor.on_frame(frame(counting(0, 16_000)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         while not (tmp_path / f"{STEM}.json").exists():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     processor.on_played(filled(9, 7900, track=OUT, n=200))
@@ -362,7 +362,7 @@ async def test_a_recording_of_two_voices_that_has_its_longest_duration_is_there_
     processor = await started(stream, max_duration=1)
     for start in range(0, 8000 * 12, 8000):
         processor.on_frame(frame(counting(start, 8000), start))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         while not (tmp_path / f"{STEM}.json").exists():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert len(read(tmp_path / f"{STEM}.wav")) == 8000

@@ -136,7 +136,7 @@ async def test_what_is_written_is_on_the_disk_for_good_after_ten_seconds(
         processor.on_frame(frame(counting(0, 4000), step * 4000))
         # The writing thread comes to it by itself, too; here it does at the time of this clock.
         await writer.writer.run(lambda: _flushed(live))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             while live._syncing:  # noqa: ASYNC110
                 await asyncio.sleep(0)
     await processor.on_stop("stop")
@@ -176,7 +176,7 @@ async def test_every_open_file_and_its_sidecar_are_brought_to_the_disk(
         processor = Record(layout="separate", segment=1)
         await processor.on_start(make_stream(tmp_path, tracks=(Track.INBOUND, Track.OUTBOUND)))
         processor.on_frame(frame(counting(0, 8100)))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             while kept < everything:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     finally:
@@ -224,7 +224,7 @@ async def test_what_one_recording_does_wrong_ends_no_other(
     monkeypatch.setattr(bad._recording, "_take", out_of_memory)
     before = writer.failures.count
     bad.on_frame(frame(counting(0, 160)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         while writer.failures.count == before:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert "a recording is not written any more" in read_log()

@@ -35,7 +35,7 @@ HEAD = '{"head": {"path": "/agent", "headers": [["host", "x"], ["authorization",
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes back late is not lost."""
     monkeypatch.setattr("streamsink.simulator.simulation.GRACE", 20.0)
 
@@ -73,7 +73,7 @@ def sound(tmp_path: Path) -> Path:
     return write_sound(tmp_path)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("waiting")
 @pytest.mark.parametrize("codec", ["PCMU", "PCMA@40i", "G722", "L16@16000h", "L16@24000h@40i"])
 async def test_an_echo_comes_back_whole_and_is_saved_as_it_was_heard(
     certificate: Path, sound: Path, tmp_path: Path, codec: str
@@ -142,7 +142,7 @@ async def test_the_upgrade_and_the_messages_are_what_the_platform_sends(certific
     }
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("waiting")
 async def test_streams_at_once_have_their_own_sids_and_a_short_file_is_played_again(
     certificate: Path, sound: Path
 ) -> None:
@@ -367,7 +367,7 @@ async def test_a_server_that_speaks_something_else_is_told(sound: Path) -> None:
     assert failure.startswith("what answers is no WebSocket endpoint")
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("waiting")
 async def test_a_capture_is_played_back_as_it_was(certificate: Path, sound: Path, tmp_path: Path) -> None:
     async with endpoint(certificate) as there:
         await simulate(SimulateOptions(file=sound, url=there.url, cafile=certificate, seconds=0.1))
