@@ -17,6 +17,7 @@ import pytest
 
 from streamsink.child import BlockingChild, Child, SharedChild
 from streamsink.errors import ChildDied
+from tests.peer import PATIENCE
 
 CHILD = """
 import os, sys, time
@@ -79,8 +80,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def wait_for_the_end_of(pid: int) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
             time.sleep(0.01)
 
 
@@ -91,7 +92,7 @@ async def test_it_answers_any_number_of_times(module: str) -> None:
     child.send({"pcm": b"\0" * 100_000, "times": 2})
     child.send({"pcm": b"x", "times": 1})
     assert [await child.receive() for _ in range(3)] == [[b"\0" * 100_000, 0], [b"\0" * 100_000, 1], [b"x", 0]]
-    await child.close()
+    await child.close(patience=PATIENCE)
     with pytest.raises(ChildDied, match="a_child ended with status 0"):
         await child.receive()
 
@@ -230,6 +231,8 @@ def test_all_who_ask_a_shared_child_are_told_of_its_death_and_the_next_has_anoth
     (_, before) = shared.ask("x")
     with ThreadPoolExecutor(2) as threads:
         waiting = threads.submit(shared.ask, "hang")
+        while not shared._asking:
+            time.sleep(0.01)
         dying = threads.submit(shared.ask, "die")
         for future in (waiting, dying):
             with pytest.raises(ChildDied, match="a_shared_child ended with status 3"):

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,9 +106,8 @@ def described(files: dict[str, bytes], to: str | None = None) -> list[dict[str, 
 
 
 def test_nothing_runs_where_nothing_is_delivered(here: Here) -> None:
-    before = threading.active_count()
     here.delivery.start()
-    assert threading.active_count() == before
+    assert here.delivery._threads == []
     assert list(here.folder.iterdir()) == []
 
 
@@ -370,8 +368,9 @@ def test_a_recording_whose_process_died_is_delivered_once_it_is_mended(
     here.fresh().start()
     until(lambda: "there is no such recording any more" in read_log())
     assert receiver.requests == []
-    (here.folder / f"{STEM}.wav.part").unlink()
+    # In this order: what has neither name is gone.
     here.record()
+    (here.folder / f"{STEM}.wav.part").unlink()
     (told,) = receiver.wait()
     assert told["stem"] == STEM
     here.settled()
@@ -418,8 +417,8 @@ def test_who_works_may_find_a_recording_before_it_is_told_of_it(
     receiver.wait()
     # It has the queue, and another process records.
     other = Delivery(here.folder, lambda: SECRET)
-    expected = other.expect(here.folder, STEM, on_complete=receiver.url)
     files = here.record()
+    expected = other.expect(here.folder, STEM, on_complete=receiver.url)
     told = receiver.wait(2)[1]
     assert told["files"] == described(files)
     expected.arrived()

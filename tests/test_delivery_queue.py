@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -253,3 +253,47 @@ def test_a_job_becomes_one_of_another_kind(folder: Path) -> None:
     assert take(queue).job.created == 2.0
     assert queue.busy(NOW)
     queue.close()
+
+
+def test_a_file_that_gets_its_name_while_the_folder_is_looked_through_is_no_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, other = Queue(folder), Queue(folder)
+    queue.look(NOW)
+    posted(queue)
+    aside = folder / ".new-0123"
+    aside.write_bytes(b"")
+    scandir = os.scandir
+
+    def named_meanwhile(path: Path) -> object:
+        entries = scandir(path)
+
+        class Entries:
+            def __enter__(self) -> Iterator[os.DirEntry[str]]:
+                listed = list(entries.__enter__())
+                aside.unlink(missing_ok=True)
+                posted(other)
+                return iter([*listed, *scandir(path)])
+
+            def __exit__(self, *exc: object) -> None:
+                entries.close()
+
+        return Entries()
+
+    monkeypatch.setattr(os, "scandir", named_meanwhile)
+    queue.look(NOW)
+    assert len(queue) == 2
+    queue.close()
+
+
+def test_a_queue_that_was_closed_takes_no_folder_from_others(folder: Path) -> None:
+    queue, other = Queue(folder), Queue(folder)
+    posted(queue)
+    taken = take(queue)
+    queue.close()
+    # What was still being done comes to its end, and its job stays for who has the folder now.
+    queue.become(taken, "upload", Job(0.0, recording=Recording(str(folder), "x")), NOW)
+    assert len(queue) == 0
+    other.look(NOW)
+    assert other.take("upload", NOW) is not None
+    other.close()

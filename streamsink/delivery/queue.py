@@ -144,6 +144,7 @@ class Queue:
         # Of ours that are expected: whoever records says when they are there.
         self._ours: set[str] = set()
         self._held: int | None = None
+        self._closed = False
         self._seen = -1
 
     def __len__(self) -> int:
@@ -215,8 +216,10 @@ class Queue:
             for entry in entries:
                 id, _, ending = entry.name.partition(".")
                 if entry.name.startswith(".new-"):
-                    if time.time() - entry.stat().st_mtime > _STALE:
-                        os.unlink(entry)
+                    # Whoever writes it may have given it its name by now.
+                    with contextlib.suppress(FileNotFoundError):
+                        if time.time() - entry.stat().st_mtime > _STALE:
+                            os.unlink(entry)
                 elif ending in ("expected.json", "upload.json", "post.json") and id not in self._ours:
                     self._enter(id, ending.removesuffix(".json"), now)  # type: ignore[arg-type]
                 elif ending.endswith("json") and id not in self._ours:
@@ -226,6 +229,8 @@ class Queue:
 
     def _hold(self) -> bool:
         with self._lock:
+            if self._closed:
+                return False
             if self._held is None:
                 held = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 try:
@@ -294,8 +299,10 @@ class Queue:
         self._write(taken.id, kind, job)
         # A crash here leaves both: then the former is done again, which finds all done.
         self._path(taken.id, taken.kind).unlink(missing_ok=True)
-        self._forget(taken.id)
-        self._enter(taken.id, kind, now)
+        with self._lock:
+            # In one step: who asks whether anything is left to do must not find nothing.
+            self._forget(taken.id)
+            self._enter(taken.id, kind, now)
 
     def done(self, taken: Taken) -> None:
         """Strike a job off.
@@ -321,8 +328,9 @@ class Queue:
         return wait
 
     def close(self) -> None:
-        """Let another process work on the folder."""
+        """Let another process work on the folder, from now on."""
         with self._lock:
+            self._closed = True
             if self._held is not None:
                 os.close(self._held)
                 self._held = None
