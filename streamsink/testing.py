@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import selectors
 import tempfile
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import numpy as np
 import soundfile
@@ -36,8 +38,13 @@ if TYPE_CHECKING:
     from streamsink.speech.events import Speaker, Speech, Transcript
     from streamsink.status import StatusEvent
 
+_Result = TypeVar("_Result")
+_Arguments = TypeVarTuple("_Arguments")
+
 SPEED = 20
 """How much faster than life a call goes; what other threads do while it waits is given that share of the time."""
+THREAD_TAKES = 1.0
+"""Seconds that a thread's work lasts before the call goes on meanwhile."""
 _RESOLUTION = 1e-6
 """Seconds."""
 
@@ -114,7 +121,8 @@ async def run_processor(
     The call runs on an event loop of its own whose time jumps from one thing to do to the next: ``asyncio.sleep(2)``
     in a processor lasts two seconds of the call. Frames are sent once ``on_start`` is over. Voice activity is detected
     by level, whatever engine the processor asks for. Time stands still while an engine synthesizes what
-    ``stream.say`` is given.
+    ``stream.say`` is given, and, for a second at most, while a thread works (``asyncio.to_thread``,
+    ``stream.play_file``).
 
     Args:
         processor: A new instance.
@@ -186,7 +194,21 @@ class _VirtualTime(selectors.DefaultSelector):
     # While it is not nought, something is waited for that takes no time of the call's.
     held = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        # What threads do, and until when the call waits for it, in real time.
+        self._working: dict[asyncio.Future[Any], float] = {}
+
+    def wait_for(self, work: asyncio.Future[Any]) -> None:
+        """Have time stand still for what a thread does; not for ever, since it may be waiting for the call."""
+        self._working[work] = time.monotonic() + THREAD_TAKES
+        work.add_done_callback(self._working.pop)
+
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout and not self.held and self._working:
+            left = max(self._working.values()) - time.monotonic()
+            if left > 0:
+                return super().select(min(timeout, left))
         if self.held and timeout:
             return super().select(timeout)
         ready = super().select(timeout and timeout / SPEED)
@@ -202,6 +224,13 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.virtual.now
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*_Arguments], _Result], *args: *_Arguments
+    ) -> asyncio.Future[_Result]:
+        work = super().run_in_executor(executor, func, *args)
+        self.virtual.wait_for(work)
+        return work
 
 
 class _TimelessSynthesizer(Synthesizer):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,42 @@ async def test_a_processor_that_hangs_is_an_error() -> None:
         await run_processor(Hanging(), np.zeros(160, np.int16), 8000)
 
 
-async def test_threads_get_their_share_of_time(tmp_path: Path) -> None:
+async def test_time_stands_still_while_a_thread_works() -> None:
+    class Reads(Processor):
+        def __init__(self) -> None:
+            self.told = threading.Event()
+
+        async def on_start(self, stream: Stream) -> None:
+            # One that waits for the call itself does not keep it waiting.
+            self.waiting = asyncio.ensure_future(asyncio.to_thread(self.told.wait, 50))
+            self.task = asyncio.ensure_future(self.read(stream))
+            self.reads: list[int] = []
+
+        async def read(self, stream: Stream) -> None:
+            before = self.frames
+            await asyncio.to_thread(time.sleep, 0.3)
+            self.reads.append(self.frames - before)
+
+        frames = 0
+
+        def on_frame(self, frame: Frame) -> None:
+            self.frames += 1
+            if self.frames == 40:
+                self.told.set()
+
+        async def on_stop(self, reason: str) -> None:
+            assert await self.waiting
+            await self.task
+
+    reads = Reads()
+    await run_processor(reads, np.zeros(8000, np.int16), 8000)
+    assert reads.frames == 50
+    assert reads.reads[0] <= 1
+
+
+async def test_threads_get_their_share_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Those that write recordings have to wait for the disk.
+    monkeypatch.setattr("streamsink.testing.SPEED", 1)
     audio = counting(0, 8000)
     await run_processor(Record(), audio, 8000, codec="L16@8000h@40i", recordings=tmp_path)
     told, wav = files(tmp_path)
