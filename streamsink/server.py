@@ -331,12 +331,15 @@ class Server:
     async def _housekeeping(self) -> None:
         trimmed_at = 0
         while True:
+            before = self.endpoint.clock()
             await asyncio.sleep(HOUSEKEEPING)
             if self._reloader is not None:
                 self._reloader.check()
             now = self.endpoint.clock()
-            for session in list(self.endpoint.sessions):
-                session.check_silence(now)
+            # After a standstill of our own what came meanwhile has yet to be read.
+            if now - before < HOUSEKEEPING + 1:
+                for session in list(self.endpoint.sessions):
+                    session.check_silence(now)
             ended = self.metrics.streams_ended
             if ended != trimmed_at and not self.endpoint.sessions:
                 # Ended streams leave cycles of objects, and the allocator keeps what it has: give both back when idle.

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -315,6 +316,27 @@ async def test_a_stream_outlives_the_deadlines_of_its_upgrade(serve: Serve) -> N
     assert (await (await running.connect()).response()).status == 408
     for stream in streams:
         await stream.finish()
+
+
+async def test_a_standstill_of_the_endpoint_is_no_silence_of_its_streams(serve: Serve) -> None:
+    running = await serve(media_silence_seconds=2.0)
+    healthy = await running.healthy()
+    # Among what the loop reads, so that its timers come next.
+    ours, theirs = socket.socketpair()
+    over = asyncio.Event()
+
+    def stand_still() -> None:
+        time.sleep(2.5)
+        loop.remove_reader(ours)
+        over.set()
+
+    with ours, theirs:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours, stand_still)
+        theirs.send(b"x")
+        await over.wait()
+        await asyncio.sleep(0.1)
+    await healthy.finish()
 
 
 async def test_silence_after_the_tls_handshake(serve: Serve) -> None:

@@ -264,6 +264,29 @@ async def test_a_live_recording_that_dies_while_it_is_named_is_what_it_was_to_be
         assert list(repair(there, later)) == []
 
 
+async def test_what_another_process_is_naming_is_taken_for_what_it_is_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    await left_behind(tmp_path / "live", there)
+    shutil.copytree(there, tmp_path / "whole")
+    list(repair(tmp_path / "whole"))
+    reopened = repair_module._reopened
+
+    def named_meanwhile(*args: Any) -> Any:
+        monkeypatch.setattr(repair_module, "_reopened", reopened)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(segment, "give_name", stopping_at(f"{STEM}.json"))
+            with contextlib.suppress(Crash):
+                list(repair(there))
+        let_go(there)
+        return reopened(*args)
+
+    monkeypatch.setattr(repair_module, "_reopened", named_meanwhile)
+    list(repair(there, later))
+    assert content(there) == content(tmp_path / "whole")
+
+
 async def test_made_files_that_are_not_what_was_made_are_made_again(tmp_path: Path) -> None:
     there = tmp_path / "there"
     await left_behind(tmp_path / "live", there, layout="separate", format="flac", trim="silence", tracks=BOTH)

@@ -134,6 +134,9 @@ def _repair(folder: Path, stem: str, now: Callable[[], float]) -> Repaired | Non
         wavs = _reopened(folder, stem, told, now, stack)
         if wavs is None:
             return None
+        if not wavs:
+            # Another process may have named them since; what it had told by then counts.
+            told = sidecars.read(folder / f"{stem}.json.part")
         finished = sidecars.read(folder / f"{stem}.json")
         if wavs and finished is not None and _is_there(folder, finished):
             # All that was left to do is to tidy up.
