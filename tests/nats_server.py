@@ -39,11 +39,13 @@ class NatsServer:
         self._process = subprocess.Popen(
             [PROGRAM, "-a", "127.0.0.1", "-p", str(self.port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        for _ in range(500):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.01)
+        self.stop()
         raise AssertionError("nats-server does not listen")
 
     def stop(self) -> None:

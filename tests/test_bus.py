@@ -12,7 +12,7 @@ from streamsink import bus as bus_module
 from streamsink.bus import Bus, Message, NatsBus, ProcessBus, open_bus
 from streamsink.errors import BusError, ConfigError
 from tests.nats_server import NatsServer, free_port, needs_nats
-from tests.peer import eventually
+from tests.peer import PATIENCE, eventually
 
 
 class Taker:
@@ -25,7 +25,7 @@ class Taker:
         self.messages.put_nowait(message)
 
     async def payload(self) -> bytes:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             return (await self.messages.get()).payload
 
 
@@ -35,6 +35,7 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
         opened = open_bus(None)
         assert not opened.connected
         await opened.open()
+        await eventually(lambda: opened.connected)
         yield opened
         await opened.close()
         assert not opened.connected
@@ -42,6 +43,7 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     with NatsServer() as server:
         opened = open_bus(server.url)
         await opened.open()
+        await eventually(lambda: opened.connected)
         yield opened
         await opened.close()
         assert not opened.connected
@@ -140,7 +142,7 @@ async def test_a_lost_server_comes_back(read_log: Callable[[], str]) -> None:
     with NatsServer() as server:
         bus = NatsBus([server.url])
         await bus.open()
-        assert bus.connected
+        await eventually(lambda: bus.connected)
         taker = Taker()
         bus.subscribe("a", taker)
         bus.publish("a", b"before")
@@ -199,6 +201,7 @@ async def test_what_the_socket_does_not_take_is_dropped(monkeypatch: pytest.Monk
     with NatsServer() as server:
         bus = NatsBus([server.url])
         await bus.open()
+        await eventually(lambda: bus.connected)
         taker = Taker()
         bus.subscribe("a", taker)
         bus.publish("a", b"0")

@@ -139,7 +139,7 @@ class Link:
         self._uplink = mixer.tap(self._send)
         self._subscriptions = [bus.subscribe(self._beats, self._on_beat), bus.subscribe(self._audio, self._on_audio)]
         self._tell(asking=True)
-        self._timer = loop.call_later(ANSWERS if bus.connected else 0.0, self._on_timer)
+        self._wake(ANSWERS if bus.connected else 0.0)
 
     def close(self) -> None:
         """Leave: the others hear of it at once."""
@@ -160,12 +160,18 @@ class Link:
 
     # --- Beats ---
 
+    def _wake(self, seconds: float) -> None:
+        self._due = self._loop.time() + seconds
+        self._timer = self._loop.call_later(seconds, self._on_timer)
+
     def _on_timer(self) -> None:
-        self._timer = self._loop.call_later(BEAT, self._on_timer)
+        # After a standstill of our own what the others told meanwhile has yet to be read.
+        stood_still = self._loop.time() > self._due + BEAT
+        self._wake(BEAT)
         now = self._clock()
         for sender, peer in list(self.peers.items()):
             # With no bus nobody is to be waited for.
-            if now - peer.heard_at > SILENT or not self._bus.connected:
+            if (now - peer.heard_at > SILENT and not stood_still) or not self._bus.connected:
                 self._drop(sender)
         self._tell()
         self._decide()
