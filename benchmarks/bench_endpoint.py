@@ -176,7 +176,7 @@ def _port(server: Server, process: subprocess.Popen[bytes], output: Path) -> int
     raise ServerFailed(f"{server.name} did not say that it listens; its last words:\n{tail}")
 
 
-def load(pid: int, port: int, counts: Sequence[int], seconds: float, settle: float = 0) -> Result:
+def load(pid: int, port: int, counts: Sequence[int], seconds: float, settle: float = 0, patience: float = 2) -> Result:
     """Load a running server from the other core.
 
     Args:
@@ -185,6 +185,7 @@ def load(pid: int, port: int, counts: Sequence[int], seconds: float, settle: flo
         counts: Numbers of streams, rising.
         seconds: Length of a measured stretch.
         settle: Seconds the server has, after the last stream, to give memory back.
+        patience: Seconds after which what has not come back is lost.
 
     Raises:
         ServerFailed: The load could not be run to its end.
@@ -197,6 +198,8 @@ def load(pid: int, port: int, counts: Sequence[int], seconds: float, settle: flo
         str(seconds),
         "--settle",
         str(settle),
+        "--patience",
+        str(patience),
         "--streams",
         *map(str, counts),
     ]

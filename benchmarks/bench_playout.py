@@ -181,6 +181,9 @@ async def listen(pid: int, port: int, streams: int, lead: int, seconds: float) -
             # Not all at once: calls do not begin so.
             await asyncio.sleep(WARMUP / streams)
             far_end.send(digit)
+        async with asyncio.timeout(30):
+            while not all(far_end.arrivals for far_end in far_ends):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await asyncio.sleep(WARMUP)
         since, cpu = time.monotonic(), cpu_seconds(pid)
         await asyncio.sleep(seconds)

@@ -150,13 +150,15 @@ class Load:
         token: The bearer token to send.
         pid: The server's process.
         longest: Seconds of load there will be in all.
+        patience: Seconds after which what has not come back is lost.
     """
 
-    def __init__(self, loop: ctypes.CDLL, port: int, token: str, pid: int, longest: float) -> None:
+    def __init__(self, loop: ctypes.CDLL, port: int, token: str, pid: int, longest: float, patience: float) -> None:
         self._loop = loop
         self._port = port
         self._token = token
         self._pid = pid
+        self._patience = patience
         frames = [masked_frame(media_text(step)) for step in range(int(longest / PTIME))]
         audio = _HEAD + media_text(0).index(PAYLOAD)
         masked_audio = frames[0][audio : audio + len(PAYLOAD)]
@@ -238,7 +240,7 @@ class Load:
         server, load = cpu_seconds(self._pid) - server_began, time.process_time() - load_began
         rss = resident_bytes(self._pid)
         self._play(0, turnarounds[:0], lateness[:0], whole=True)
-        lost = self._loop.load_drain(self._c, ctypes.c_double(2))
+        lost = self._loop.load_drain(self._c, ctypes.c_double(self._patience))
         seen = turnarounds[:messages] if messages else np.full(1, np.inf)
         p50, p99, p999, worst = (float(value) * 1000 for value in np.percentile(seen, [50, 99, 99.9, 100]))
         return Step(
@@ -289,13 +291,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--streams", type=int, nargs="+", required=True, help="numbers of streams, rising")
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds measured at each number of streams")
+    parser.add_argument("--patience", type=float, default=2.0, help="seconds until what does not come back is lost")
     parser.add_argument("--settle", type=float, default=0.0, help="seconds to give memory back at the end")
     options = parser.parse_args(argv)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     longest = 1 + (options.warmup + options.seconds + 1) * len(options.streams)
     with tempfile.TemporaryDirectory() as folder:
-        load = Load(build_loop(Path(folder)), options.port, options.token, options.pid, longest)
+        load = Load(build_loop(Path(folder)), options.port, options.token, options.pid, longest, options.patience)
         result = load.run(options.streams, options.warmup, options.seconds, options.settle)
     json.dump(dataclasses.asdict(result), sys.stdout)
 

@@ -111,6 +111,7 @@ async def listen(url: str, rooms: int, seconds: float, spread: float) -> list[li
 
 
 def _talk(pipe: Connection, url: str, rooms: int, seconds: float, spread: float) -> None:
+    pipe.send("ready")
     pipe.send(asyncio.run(talk(url, rooms, seconds, spread)))
 
 
@@ -126,6 +127,8 @@ def delays(rooms: int, seconds: float, spread: float = 0.037) -> tuple[list[floa
         ours, theirs = multiprocessing.Pipe()
         talker = multiprocessing.get_context("spawn").Process(target=_talk, args=(theirs, url, rooms, seconds, spread))
         talker.start()
+        # A process takes a while to begin.
+        ours.recv()
         heard = asyncio.run(listen(url, rooms, seconds, spread))
         said: list[list[float]] = ours.recv()
         talker.join()

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -263,9 +264,20 @@ def be_nice(niceness: int, *, idle: bool = False) -> None:
     if os.getsid(0) == os.getpid():
         # To Linux each session is a group that gets its share of a core, however nice those in it are: sched(7).
         with contextlib.suppress(OSError):
-            Path("/proc/self/autogroup").write_text(str(niceness))
+            _set_autogroup(niceness)
     if idle and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _set_autogroup(niceness: int) -> None:
+    # Linux takes it once in a tenth of a second, whichever process of whichever user asks, but from those with rights.
+    for _ in range(50):
+        try:
+            Path("/proc/self/autogroup").write_text(str(niceness))
+        except BlockingIOError:
+            time.sleep(0.11)
+        else:
+            return
 
 
 def answer(reply: Callable[[Any], Iterable[object]]) -> None:

@@ -19,12 +19,13 @@ import structlog
 from streamsink import log
 from streamsink.config import Pipeline, Settings
 from streamsink.loop import new_event_loop
-from streamsink.processors import record
+from streamsink.processors import record, transcribe
 from streamsink.server import Server
+from streamsink.speech.stt import pool
 from tests.peer import ADMIN_TOKEN, LISTENER, PATIENCE, TOKEN, Running
 from tests.stores import BUCKET, S3, GoogleStorage, google_storage
 
-_LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
+LOGGERS = (None, "asyncio", "uvicorn", "uvicorn.error", "uvicorn.access", "websockets", "aiofastnet")
 
 # Nothing here may depend on how busy the machine is, or on luck.
 hypothesis.settings.register_profile(
@@ -47,17 +48,22 @@ def pytest_asyncio_loop_factories(
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow disk keeps nobody from reading what was recorded."""
+    """A slow disk, or another process, keeps nobody from reading what was recorded."""
     monkeypatch.setattr(record, "START_WAITS", PATIENCE)
     monkeypatch.setattr(record, "STOP_WAITS", PATIENCE)
-    # One of the two ends a processor's hooks.
+    # What transcribes may take its time, too.
+    monkeypatch.setattr(pool, "STUCK", PATIENCE)
+    monkeypatch.setattr(pool.PooledEngine, "stuck", PATIENCE)
+    monkeypatch.setattr(transcribe, "LOADING", PATIENCE)
+    monkeypatch.setattr(transcribe, "PATIENCE", PATIENCE)
+    # Two of them end a processor's hooks.
     monkeypatch.setattr(sys.modules["streamsink.processor"], "HOOK_TIMEOUT", 2 * PATIENCE)
 
 
 @pytest.fixture
 def read_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     """All that is logged, from debug on, as people see it."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     stderr = io.StringIO()
     with monkeypatch.context() as patch:

@@ -60,7 +60,11 @@ class Faults:
         self.released = threading.Event()
 
     def next(self) -> str:
-        return self.left.pop(0) if self.left else ""
+        # Parts of a file come side by side.
+        try:
+            return self.left.pop(0)
+        except IndexError:
+            return ""
 
 
 class FaultyProxy(BaseHTTPRequestHandler):

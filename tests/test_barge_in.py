@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -26,6 +29,7 @@ from streamsink.processor import MarkOutcome, Processor
 from streamsink.session import Session
 from streamsink.speech.echo import EchoGate
 from streamsink.speech.events import Speech, SpeechChange, VadSettings
+from streamsink.speech.silero import SileroPool
 from streamsink.speech.vad import Detectors, Listening
 from streamsink.stream import Stream
 from streamsink.testing import _FarEnd, _Ready, _VirtualLoop
@@ -39,6 +43,8 @@ CODECS = ["PCMU", "PCMA@40i", "G722", "L16@24000h"]
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread takes part in these calls, so there is nothing to wait for."""
     monkeypatch.setattr("streamsink.testing.SPEED", 1e6)
+    # Who loses the core for a moment is not slow.
+    monkeypatch.setattr(sys.modules["streamsink.processor"], "SLOW_CALL", 60.0)
 
 
 def speech(rate: int) -> Samples:
@@ -66,9 +72,8 @@ class Line:
     noise_dbfs: float = -70.0
 
     def call(self, processor: Processor, vad_streams: int = 0) -> _FarEnd:
-        """A call on a clock of its own, or in its own time where threads listen."""
-        factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop if vad_streams else _VirtualLoop
-        with asyncio.Runner(loop_factory=factory) as runner:
+        """A call on a clock of its own."""
+        with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
             return runner.run(self._call(processor, vad_streams))
 
     async def _call(self, processor: Processor, vad_streams: int) -> _FarEnd:
@@ -96,6 +101,8 @@ class Line:
             heard = noise[number * size : (number + 1) * size] + self._at(far_end, number * size, size, spec.rate)
             payload = encoder.encode(np.clip(np.rint(heard), -32768, 32767).astype(np.int16))
             session.receive(writer.media(payload, chunk=number + 1, timestamp_ms=number * spec.ptime), loop.time())
+            if vad_streams:
+                caught_up(endpoint.detectors.silero)
         session.receive(writer.stop(), loop.time())
         await session.done.wait()
         endpoint.detectors.close()
@@ -109,6 +116,15 @@ class Line:
         if self.talker is not None:
             _lay(heard, start, [(self.talker_at, self.talker)], 0.0, rate, 0.0)
         return heard
+
+
+def caught_up(pool: SileroPool) -> None:
+    """Let the threads that listen hear all there is."""
+    if pool._maker is not None:
+        pool._maker.submit(lambda: None).result(50)
+        heard = threading.Event()
+        pool._work.put(SimpleNamespace(work=heard.set))  # type: ignore[arg-type]
+        assert heard.wait(50)
 
 
 def _lay(

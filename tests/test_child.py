@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from streamsink.child import BlockingChild, Child, SharedChild
+from streamsink.child import BlockingChild, Child, SharedChild, _set_autogroup
 from streamsink.errors import ChildDied
 from tests.peer import PATIENCE
 
@@ -83,6 +84,21 @@ def wait_for_the_end_of(pid: int) -> None:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
             time.sleep(0.01)
+
+
+def test_niceness_that_linux_does_not_take_just_now_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 3
+    written: list[tuple[str, str]] = []
+
+    def write_text(path: Path, text: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        written.append((str(path), text))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    _set_autogroup(19)
+    assert written == [("/proc/self/autogroup", "19")]
 
 
 async def test_it_answers_any_number_of_times(module: str) -> None:

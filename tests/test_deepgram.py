@@ -30,6 +30,7 @@ KEY = "dg-secret-key"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPGRAM_API_KEY", KEY)
     monkeypatch.setattr(LinkRecognition, "first_delay", 0.01)
+    monkeypatch.setattr(LinkRecognition, "final_seconds", 30.0)
 
 
 @pytest.fixture
@@ -290,9 +291,9 @@ async def test_audio_that_a_connection_was_too_slow_for_is_a_marked_hole(
         # Taken by the connection, which waits for more to send with it.
         push(opened, silence(0.04))
         await vendor.until(lambda: vendor.seconds)
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert not opened.audio.waiting
+        async with asyncio.timeout(50):
+            while opened.audio.waiting:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
         push(opened, silence(2.0), say("two"), silence(0.5))
         hole, transcript = finals(await told(opened))
     assert hole.dropped
@@ -336,6 +337,7 @@ async def test_a_vendor_that_stays_away_is_given_up_with_the_stream(
     vendor.faults.extend([{"status": 503}] * 1000)
     async with recognition(vendor) as opened:
         push(opened, say("one"))
+        await vendor.until(lambda: len(vendor.requests) > 1)
         events = await told(opened)
     error, hole = events
     assert isinstance(error, EngineError)
@@ -348,7 +350,7 @@ async def test_nobody_listens_there(vendor: DeepgramServer, monkeypatch: pytest.
     monkeypatch.setattr(LinkRecognition, "final_seconds", 0.05)
     vendor.url = "ws://127.0.0.1:9"
     async with recognition(vendor) as opened:
-        events = await told(opened)
+        events = [await anext(aiter(opened)), *await told(opened)]
     assert events == [
         EngineError("the connection to Deepgram failed (ConnectionRefusedError); trying again", recoverable=True)
     ]

@@ -13,6 +13,7 @@ import pytest
 import structlog
 
 from streamsink.log import MAX_VALUE, configure, escape
+from tests.conftest import LOGGERS
 
 
 class Terminal(io.StringIO):
@@ -34,7 +35,7 @@ class Captured:
 
 @pytest.fixture
 def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Captured]:
-    loggers = [logging.getLogger(name) for name in (None, "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     yield Captured(capsys)
     structlog.reset_defaults()

@@ -344,7 +344,7 @@ async def test_the_stem_is_reserved_off_the_event_loop(tmp_path: Path, monkeypat
 
 async def test_threads_that_ask_for_the_stem_at_once_get_the_same(tmp_path: Path) -> None:
     stream = make_stream(tmp_path)
-    together = threading.Barrier(8, timeout=20)
+    together = threading.Barrier(8, timeout=50)
 
     def ask() -> str:
         together.wait()

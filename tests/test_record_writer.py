@@ -234,7 +234,7 @@ async def test_what_one_recording_does_wrong_ends_no_other(
 
 
 def _held(stuck: threading.Event) -> None:
-    assert stuck.wait(20)
+    assert stuck.wait(50)
 
 
 def _flushed(live: recording.Recording) -> None:

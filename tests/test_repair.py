@@ -324,7 +324,7 @@ async def test_only_the_recordings_end_is_trimmed_of_what_a_crash_has_left(
     def crash() -> None:
         shutil.copytree(live, there)
 
-    both_written = threading.Barrier(2, action=crash, timeout=20)
+    both_written = threading.Barrier(2, action=crash, timeout=50)
 
     def copied(self: segment.Segment) -> None:
         both_written.wait()

@@ -19,6 +19,7 @@ from streamsink.metrics import Metrics
 from streamsink.plugins import Plugin
 from streamsink.processor import MarkOutcome, Processor
 from streamsink.session import Session
+from streamsink.speech.events import Speaker, Transcript
 from streamsink.stream import Stream
 
 LOUD = bytes(160)
@@ -46,6 +47,12 @@ class Probe(Processor):
 
     def on_status(self, event: Any) -> None:
         self.events.append(("status", event))
+
+    def on_transcript(self, transcript: Transcript) -> None:
+        self.events.append(("transcript", transcript))
+
+    def on_speaker(self, event: Speaker) -> None:
+        self.events.append(("speaker", event))
 
     async def on_stop(self, reason: str) -> None:
         self.events.append(("stop", reason))
@@ -686,6 +693,18 @@ async def test_calls_from_threads_reach_the_loop() -> None:
     stream._loop.close()
     with pytest.raises(StreamClosed):
         stream.from_thread(ran.set)
+
+
+async def test_what_one_processor_knows_all_are_told() -> None:
+    peer, probe = await opened(Host())
+    assert probe.stream is not None
+    transcript = Transcript(0, 0, "Hello", True, 0.5, 1.0, track=Track.INBOUND, speaker="inbound")
+    probe.stream.transcribed(transcript)
+    speaker = Speaker("sid", None, 1.5, -20.0)
+    probe.stream.speaker_changed(speaker)
+    assert probe.events == [("transcript", transcript), ("speaker", speaker)]
+    peer.send({"event": "stop"})
+    await peer.ended()
 
 
 async def test_the_same_sid_again_goes_to_the_newer_stream() -> None:

@@ -62,7 +62,7 @@ async def test_a_stream_plays_tones_and_files(tmp_path: Path) -> None:
     stream.play(np.zeros(160, np.int16), 8000)
     await until(lambda: len(line.sent) >= 5)
     assert tones.played_ms <= 50
-    assert file.played_ms == 0
+    assert file.played_ms <= 200
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 44_100])

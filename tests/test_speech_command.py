@@ -94,7 +94,8 @@ async def test_wav_as_programs_write_it(tmp_path: Path, source: str, expected: l
         ("os.kill(os.getpid(), 9)", r"\(status -9\)"),
     ],
 )
-async def test_a_program_that_fails(tmp_path: Path, source: str, message: str) -> None:
+async def test_a_program_that_fails(tmp_path: Path, source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "END_PATIENCE", 50.0)
     engine = program(tmp_path, source)
     with pytest.raises(SpeechError, match=message) as caught:
         await spoken(engine, "hello")

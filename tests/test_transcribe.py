@@ -30,7 +30,7 @@ from streamsink.simulator import SimulateOptions, simulate
 from streamsink.speech import diarization, shared
 from streamsink.speech.events import EngineError, Speech, SpeechChange, Transcript, VadSettings
 from streamsink.speech.transcriber import Transcriber
-from streamsink.speech.transcription import Capabilities, Engine, EngineOptions, Event, Recognition, Voice
+from streamsink.speech.transcription import Capabilities, Engine, EngineOptions, Event, Recognition, Voice, find_engine
 from streamsink.stream import Stream
 from streamsink.tls import CERTIFICATE_FILE
 from tests.conftest import Serve
@@ -521,6 +521,11 @@ class Reader(Processor):
 
 
 async def simulated(running: Any, name: str) -> Any:
+    # Who loads an engine before the call does not hear it all at once, and late.
+    key = ("pocketsphinx", EngineOptions(workers=1))
+    use = transcribe._engines.take(key, lambda: find_engine(*key))
+    await use.ready()
+    use.end()
     return await simulate(
         SimulateOptions(
             file=TESTDATA / f"{name}_16k.wav",

@@ -21,7 +21,7 @@ def block(until: Callable[[], object]) -> None:
 
 def by_block(logs: list[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:
     """What was logged of :func:`block`; a machine that is busy may block the loop too."""
-    return [log for log in logs if "in block" in log["exception"]]
+    return [log for log in logs if "in block" in log.get("exception", "")]
 
 
 class Lags:
@@ -83,7 +83,7 @@ async def test_it_is_gone_when_it_is_stopped() -> None:
     assert [thread.name for thread in set(threading.enumerate()) - before] == ["streamsink-watchdog"]
     await lags.beat()
     watchdog.stop()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     count = len(lags.seen)
     await asyncio.sleep(0)
     assert len(lags.seen) == count
@@ -95,7 +95,7 @@ async def test_a_loop_on_time_is_left_alone() -> None:
     with capture_logs() as logs:
         assert watchdog.look(beaten_at, 0.0) == 0.0
         assert watchdog.look(beaten_at + BEAT + BLOCKED - 0.001, 0.0) == 0.0
-        assert logs == []
+        assert not [log for log in logs if log["event"] == "event loop blocked"]
         reported = watchdog.look(beaten_at + BEAT + BLOCKED + 0.001, 0.0)
         assert reported == beaten_at
         assert watchdog.look(beaten_at + 9.0, reported) == reported
