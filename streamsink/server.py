@@ -164,7 +164,8 @@ class Server:
         self._watchdog: Watchdog | None = None
         self._warming: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
-        # The event loop's, to be put back.
+        # The process's and the event loop's, to be put back.
+        self._switch_interval = sys.getswitchinterval()
         self._handler_before: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object] | None = None
 
     def _load_certificate(self) -> None:
@@ -276,6 +277,7 @@ class Server:
         # What is imported and made by now stays: a full collection would walk it, 7 ms, again and again.
         gc.collect()
         gc.freeze()
+        self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL)
         if self._may_speak and not self._must_speak:
             self._warming = asyncio.create_task(self._warm(endpoint))
@@ -391,6 +393,9 @@ class Server:
             await asyncio.wait({self._warming})
         await asyncio.to_thread(self.endpoint.delivery.close, DELIVERY_SECONDS)
         asyncio.get_running_loop().set_exception_handler(self._handler_before)
+        # The program this ran in may go on.
+        sys.setswitchinterval(self._switch_interval)
+        gc.unfreeze()
         log.info("stopped")
 
     async def __aenter__(self) -> Self:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import os
 import signal
 import socket
+import sys
 import sysconfig
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -159,12 +161,14 @@ def settings(folder: Path, **given: Any) -> Settings:
 
 def test_a_program_may_run_a_server_of_its_own(tmp_path: Path, read_log: Callable[[], str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    interval = sys.getswitchinterval()
     Signalled(settings(tmp_path)).run()
     assert [line.split("] ")[1] for line in read_log().splitlines() if "[info " in line] == [
         "draining seconds=60.0 streams=0",
         "stopped",
     ]
     assert signal.getsignal(signal.SIGTERM) == before
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (interval, 0)
 
 
 def test_where_a_server_says_it_is(tmp_path: Path) -> None:
