@@ -150,14 +150,14 @@ async def test_what_a_simulated_caller_saves_is_speech(serve: Serve, tmp_path: P
         cafile=running.server.certificate,
         codec="L16@16000h",
         save=back,
-        seconds=8.0,
+        seconds=6.0,
     )
     report = await simulate(options)
     assert (report.close_code, report.lost) == (1000, 0)
     samples, rate = soundfile.read(back, dtype="int16")
     loud = np.flatnonzero(np.abs(samples.astype(int)) > 1000) / rate
     assert rate == 16_000
-    assert loud[0] < 4.0
+    assert loud[0] < 3.0
     assert loud[-1] - loud[0] > 2.0
     assert -30 < loudness(samples[round(loud[0] * rate) : round(loud[-1] * rate)]) < -10
     assert await asyncio.to_thread(sentences_heard, samples) == "please hold the line the meeting has ended"

@@ -32,7 +32,8 @@ SIMULATOR = """
 from streamsink.cli import main
 from streamsink.simulator import simulation
 
-simulation.GRACE = simulation.QUIET = 5.0
+simulation.GRACE = 5.0
+simulation.QUIET = 3.0
 main()
 """
 

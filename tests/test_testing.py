@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -220,7 +221,9 @@ async def test_a_function_that_raises_fails_the_authors_test() -> None:
         await run_processor(broken(), np.zeros(8000, np.int16), 8000)
 
 
-async def test_a_processor_that_hangs_is_an_error() -> None:
+async def test_a_processor_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["streamsink.processor"], "HOOK_TIMEOUT", 2.0)
+
     class Hanging(Processor):
         async def on_stop(self, reason: str) -> None:
             await asyncio.Event().wait()
