@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -28,6 +30,8 @@ from streamsink.errors import ChildDied
 _LENGTH = struct.Struct("<I")
 _encode = msgspec.msgpack.encode
 _decode = msgspec.msgpack.decode
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h, see prctl(2)."""
 
 
 class Child:
@@ -278,6 +282,19 @@ def _set_autogroup(niceness: int) -> None:
             time.sleep(0.11)
         else:
             return
+
+
+def end_with_owner() -> None:
+    """The child's side: end at once when the thread that started this process ends, whatever is being done (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+def is_deserted() -> bool:
+    """The child's side: tell whether nobody writes to standard input any more, though messages may wait there."""
+    hung_up = select.poll()
+    hung_up.register(sys.stdin, 0)
+    return bool(hung_up.poll(0))
 
 
 def answer(reply: Callable[[Any], Iterable[object]]) -> None:

@@ -7,7 +7,11 @@ import hashlib
 import os
 import resource
 import signal
+import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +25,9 @@ from streamsink.errors import NotEncoded
 from streamsink.processors import encoder, encoder_process, formats
 from streamsink.processors.formats import Made, Order, Source
 from streamsink.processors.wav import WavPart
+from tests.peer import PATIENCE
 from tests.streams import counting
+from tests.test_child import wait_for_the_end_of
 
 FRAMES = 40_000
 
@@ -68,6 +74,54 @@ def test_it_never_competes_with_calls_for_a_core(order: Order) -> None:
     encoder.make(order, no_signs)
     assert encoder._encoders.child is not None
     assert os.sched_getscheduler(encoder._encoders.child.pid) == os.SCHED_IDLE
+
+
+def test_it_begins_nothing_for_who_has_died(order: Order) -> None:
+    command = [sys.executable, "-m", "streamsink.processors.encoder_process"]
+    asked = msgspec.msgpack.encode(msgspec.to_builtins(order))
+    # As by who was killed behind its question, before the process was ready to read it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        said, _ = process.communicate(struct.pack("<I", len(asked)) + asked)
+    assert (process.returncode, said) == (0, b"")
+    assert not Path(order.parts[0]).exists()
+
+
+ASKING = """
+import sys, threading
+import msgspec
+from streamsink.processors import encoder, formats
+order = msgspec.json.decode(sys.argv[1], type=formats.Order)
+asking = encoder.BlockingChild("streamsink.processors.encoder_process")
+asking.send(msgspec.to_builtins(order))
+print(asking.pid, asking._process.stdout.fileno(), flush=True)
+threading.Event().wait()
+"""
+
+
+def test_it_goes_on_with_nothing_for_who_has_died(tmp_path: Path) -> None:
+    # So long that nobody would wait for its end.
+    frames = 2 * 10**8
+    wav = WavPart(tmp_path / "a.wav", 8000, 1)
+    os.truncate(wav.part, 44 + 2 * frames)
+    part = tmp_path / "a.opus.part"
+    order = Order([Source(str(wav.part), 8000, 1, frames)], [str(part)], "opus", 48_000)
+    command = [sys.executable, "-c", ASKING, msgspec.json.encode(order).decode()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        pid, answers = map(int, owner.stdout.readline().split())
+        until(lambda: part.exists() and part.stat().st_size > 0)
+        # By itself it would only notice with its next sign of life that nobody takes it, and here somebody does.
+        with open(f"/proc/{owner.pid}/fd/{answers}", "rb"):
+            owner.kill()
+            wait_for_the_end_of(pid)
+    wav.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_each_thread_has_a_process_and_keeps_it(order: Order) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from streamsink.child import answer, be_nice
+from streamsink.child import answer, be_nice, end_with_owner, is_deserted
 from streamsink.processors.formats import Order, make
 
 TELL = 0.5
@@ -31,6 +31,13 @@ def reply(message: Any) -> Iterator[object]:
         yield [None, f"{type(error).__name__}: {error}"]
 
 
+def reply_unless_deserted(message: Any) -> Iterator[object]:
+    """Begin nothing for who has died: whoever mends what it left makes the same files."""
+    if not is_deserted():
+        yield from reply(message)
+
+
 if __name__ == "__main__":
+    end_with_owner()
     be_nice(19, idle=True)
-    answer(reply)
+    answer(reply_unless_deserted)
