@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import selectors
 import tempfile
 import time
@@ -205,12 +206,9 @@ class _VirtualTime(selectors.DefaultSelector):
         work.add_done_callback(self._working.pop)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout and not self.held and self._working:
-            left = max(self._working.values()) - time.monotonic()
-            if left > 0:
-                return super().select(min(timeout, left))
-        if self.held and timeout:
-            return super().select(timeout)
+        still = math.inf if self.held else max(self._working.values(), default=0.0) - time.monotonic()
+        if timeout and still > 0:
+            return super().select(min(timeout, still))
         ready = super().select(timeout and timeout / SPEED)
         if not ready and timeout:
             self.now += timeout

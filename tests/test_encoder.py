@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,9 +24,9 @@ from streamsink.errors import NotEncoded
 from streamsink.processors import encoder, encoder_process, formats
 from streamsink.processors.formats import Made, Order, Source
 from streamsink.processors.wav import WavPart
-from tests.peer import PATIENCE
 from tests.streams import counting
 from tests.test_child import wait_for_the_end_of
+from tests.test_delivery import until
 
 FRAMES = 40_000
 
@@ -115,13 +114,6 @@ def test_it_goes_on_with_nothing_for_who_has_died(tmp_path: Path) -> None:
             owner.kill()
             wait_for_the_end_of(pid)
     wav.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_each_thread_has_a_process_and_keeps_it(order: Order) -> None:
